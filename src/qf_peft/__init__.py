@@ -1,0 +1,12 @@
+"""QF adapters for PEFT: knowledge from a prompt into the weights, solved in closed form from forward activations."""
+
+from .registration import register
+
+register()
+
+from .config import QFConfig  # noqa: E402
+from .model import QFModel  # noqa: E402
+from .trainer import QFTrainer  # noqa: E402
+from .training_args import QFTrainingArguments  # noqa: E402
+
+__all__ = ["QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments"]

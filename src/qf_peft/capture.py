@@ -1,0 +1,191 @@
+"""Forward passes that keep what is needed at the taught positions, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in a model where activations pass: a module's first input or its output."""
+
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last module that matters."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences padded on the right, where padding cannot reach a causal model's other positions."""
+
+    input_ids: Tensor
+    """(b, t)"""
+    attention_mask: Tensor
+    """(b, t)"""
+    rows: Tensor
+    """(n): for each position kept, its sequence in the batch."""
+    columns: Tensor
+    """(n): and its place in the sequence."""
+    order: Tensor
+    """(n): and its place in the whole pass's result."""
+
+
+def batches(
+    sequences: Sequence[Sequence[int]], kept: Sequence[int], batch_size: int, pad_id: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of similar length. Of each sequence the last token is only predicted, never read, and the `kept[i]`
+    positions before it are kept; results are to be put back in the sequences' order by `Batch.order`."""
+    starts = [0]
+    for count in kept:
+        starts.append(starts[-1] + count)
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for first in range(0, len(by_length), batch_size):
+        chosen = by_length[first : first + batch_size]
+        inputs = [list(sequences[i][:-1]) for i in chosen]
+        width = max(map(len, inputs))
+        yield Batch(
+            torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in inputs], device=device),
+            torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in inputs], device=device),
+            torch.tensor([b for b, i in enumerate(chosen) for _ in range(kept[i])], device=device),
+            torch.tensor(
+                [c for ids, i in zip(inputs, chosen, strict=True) for c in range(len(ids) - kept[i], len(ids))],
+                device=device,
+            ),
+            torch.tensor([p for i in chosen for p in range(starts[i], starts[i + 1])]),
+        )
+
+
+def gather(tensor: Tensor, batch: Batch) -> Tensor:
+    """Activations (b, t, d), or (b·t, d) as in mixtures of experts, at the positions kept: (n, d) float32."""
+    if tensor.ndim == 2:
+        tensor = tensor.view(*batch.input_ids.shape, -1)
+    return tensor[batch.rows.to(tensor.device), batch.columns.to(tensor.device)].detach().float()
+
+
+@contextmanager
+def capture(points: Mapping[str, Point], batch: Batch, into: dict[str, Tensor], stop: bool) -> Iterator[None]:
+    """While open, a forward pass on `batch` leaves each point's activations, gathered, in `into`.
+
+    With `stop` the pass ends as soon as the last point has been met. Hooks are always removed.
+    """
+    handles = []
+
+    def keep(name: str, tensor: Tensor) -> None:
+        into[name] = gather(tensor, batch)
+        if stop and len(into) == len(points):
+            raise _Stop
+
+    def hook(name: str, point: Point):
+        if point.side == "input":
+            return point.module.register_forward_pre_hook(
+                lambda _, args, kwargs: keep(name, args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+            )
+        return point.module.register_forward_hook(
+            lambda _, __, output: keep(name, output if isinstance(output, Tensor) else output[0])
+        )
+
+    try:
+        for name, point in points.items():
+            handles.append(hook(name, point))
+        yield
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def forward_pass(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    kept: Sequence[int],
+    points: Mapping[str, Point],
+    *,
+    batch_size: int,
+    pad_id: int,
+    head_inputs: Tensor | None = None,
+    on_logits: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[str, Tensor]:
+    """One pass of all sequences through a causal language model.
+
+    Args:
+        model: the model; the caller sees to `eval()` and to which adapters are on.
+        sequences: token ids; the last of each is not read.
+        kept: how many of each sequence's last positions to keep.
+        points: what to keep there, by name.
+        head_inputs: (n, d), another pass's inputs of the unembedding; they are unembedded together with this pass's.
+        on_logits: called a batch with the positions' places in the result (n_b), this pass's logits and those of
+            `head_inputs` (n_b × vocabulary each). Without it the pass ends at the last point.
+        progress: called with the number of sequences done.
+
+    Returns:
+        For each point its activations at the positions kept, in the sequences' order: (n, d) float32.
+
+    Raises:
+        FloatingPointError: an activation is not finite; the message names the point and the sequence.
+    """
+    device = model.get_input_embeddings().weight.device
+    result: dict[str, Tensor] = {}
+    total = sum(kept)
+    owner = [i for i, count in enumerate(kept) for _ in range(count)]
+    for batch in batches(sequences, kept, batch_size, pad_id, device):
+        found: dict[str, Tensor] = {}
+        other = head_inputs[batch.order.to(head_inputs.device)] if head_inputs is not None else None
+        with (
+            _unembedding_only(model, batch, other) if on_logits else _nothing(),
+            capture(points, batch, found, stop=on_logits is None),
+        ):
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            if on_logits:
+                logits = output.logits[0].float()
+                n = len(batch.order)
+                on_logits(batch.order, logits[:n], logits[n:])
+        for name, values in found.items():
+            finite = torch.isfinite(values).all(1)
+            if not bool(finite.all()):
+                bad = owner[int(batch.order[int((~finite).nonzero()[0])])]
+                raise FloatingPointError(
+                    f"row {bad}: the activations at {name} are not finite; the model overflows on this text (try "
+                    "bfloat16 or float32 weights) or its weights are damaged"
+                )
+            if name not in result:
+                result[name] = values.new_empty(total, values.shape[1])
+            result[name][batch.order.to(values.device)] = values
+        progress(len(batch.input_ids))
+    return result
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _unembedding_only(model: nn.Module, batch: Batch, other: Tensor | None) -> Iterator[None]:
+    """Run the unembedding at the n kept positions alone, and on `other` (n, d) behind them: logits (1, 2n, vocabulary).
+
+    A hook on the module, so that what a model does to its logits afterwards (scaling, capping) is done as always.
+    """
+
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        chosen = args[0][batch.rows.to(args[0].device), batch.columns.to(args[0].device)]
+        if other is not None:
+            chosen = torch.cat([chosen, other.to(chosen)])
+        return (chosen[None],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,101 @@
+"""The configuration of a QF adapter, as PEFT sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from peft import LoraConfig, PeftType
+
+from .registration import NAME, add_peft_type
+
+add_peft_type(NAME)
+
+# LoRA options that would put something else than `B @ A` beside the weight, or that prepare a training run.
+_ALLOWED = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "grows", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "fan_in_fan_out", "init_lora_weights", "runtime_config",
+}  # fmt: skip
+
+
+@dataclass
+class QFConfig(LoraConfig):
+    """
+    Configuration of a QF adapter (Quick Feedforward learning, arXiv 2507.04300).
+
+    A QF adapter is a pair of low-rank factors `B @ A` beside each target module, exactly as in LoRA, so everything
+    PEFT does with LoRA works; but the factors are solved in closed form by [`QFTrainer`] instead of trained. A fresh
+    adapter is zero and changes nothing.
+
+    Args:
+        target_modules (`list[str]` or `str`, *optional*):
+            The linear modules to teach: names or name endings (`["down_proj"]`, `["mlp.c_proj"]`), or one regular
+            expression as a string. By default the module that ends each block's MLP, found from the model's
+            structure: `down_proj` in Llama, Mistral, Qwen, Phi-3, Granite, Gemma; `mlp.c_proj` in GPT-2 and
+            StarCoder2; `dense_4h_to_h` in GPT-NeoX, Falcon, Bloom; `fc2` in OPT; and attention's output projection
+            where the MLP is a mixture of experts. Modules that write into the residual stream (these, and attention's
+            output projections) are taught the stream's change; any other linear module (`q_proj`, `up_proj`, …) is
+            taught its own output's change.
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            The indices of the blocks to teach, from 0. The paper edits one block (23 of the 28 of Qwen2.5-1.5B). By
+            default every block.
+        layers_pattern (`str` or `list[str]`, *optional*):
+            As in [`LoraConfig`]: the name of the list of blocks, if the model has several.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            As in [`LoraConfig`].
+        r (`int`, *optional*):
+            The cap on the adapter's rank: the factors have exactly this rank, zero-padded if the taught tokens need
+            less, truncated to the nearest (in Frobenius norm) if they need more. By default `r` grows with what the
+            taught tokens need, which is never more than their number; the value saved is the rank reached.
+        inference_mode (`bool`, defaults to `True`):
+            QF needs no gradients, so the adapter's parameters are frozen.
+        grows (`bool`, *optional*):
+            Whether `r` grows. Follows from `r`; it is stored so that an adapter loaded again goes on growing.
+
+    Every other option of [`LoraConfig`] keeps its default; `lora_alpha` always equals `r`, so that the factors'
+    product is the change of the weight.
+
+    Raises:
+        ValueError: an option of LoRA was set that QF cannot honour, or `r` is not a positive integer.
+
+    Example:
+        ```python
+        config = QFConfig(target_modules=["down_proj"], layers_to_transform=[23], task_type="CAUSAL_LM")
+        model = get_peft_model(base_model, config)
+        ```
+    """
+
+    r: int | None = field(default=None, metadata={"help": "The cap on the rank; by default what the taught need."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Always equal to `r`."})
+    inference_mode: bool = field(default=True, metadata={"help": "Whether the adapter's parameters are frozen."})
+    grows: bool | None = field(default=None, metadata={"help": "Whether `r` grows with what is taught."})
+
+    def __post_init__(self) -> None:
+        if self.grows is None:
+            self.grows = self.r is None
+        if self.r is None:
+            self.r = 1  # a fresh adapter is zero; its rank is set when it is taught
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"QFConfig: r={self.r!r}; expected a positive integer, or None for what the facts need")
+        if self.lora_alpha not in (None, self.r):
+            raise ValueError(
+                f"QFConfig: lora_alpha={self.lora_alpha!r}; a QF adapter is not scaled: leave lora_alpha out "
+                "(use `add_weighted_adapter` or `set_scale` to weigh adapters)"
+            )
+        self.lora_alpha = self.r
+        super().__post_init__()
+        self.peft_type = PeftType[NAME]
+        defaults = LoraConfig()
+        for option in fields(LoraConfig):
+            if option.name in _ALLOWED:
+                continue
+            value, default = getattr(self, option.name), getattr(defaults, option.name)
+            if value != default and (value or default):
+                raise ValueError(
+                    f"QFConfig: {option.name}={value!r} is an option of LoRA that a QF adapter does not have; "
+                    f"leave it out (its default is {default!r})"
+                )
+        if self.init_lora_weights is not True:
+            raise ValueError(
+                f"QFConfig: init_lora_weights={self.init_lora_weights!r}; a QF adapter starts at zero: leave it out"
+            )

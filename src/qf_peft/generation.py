@@ -1,0 +1,56 @@
+"""Free greedy generation, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[tuple[str, bool]]:
+    """The model's greedy answers to prompts of token ids.
+
+    Returns:
+        For each prompt the text without special tokens and outer whitespace, and whether the model ended it itself
+        (and was not cut at `max_new_tokens`).
+    """
+    config = GenerationConfig.from_model_config(model.config)
+    own = getattr(model, "generation_config", None)
+    stops = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    config.update(
+        do_sample=False, max_new_tokens=max_new_tokens, max_length=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stops,
+    )  # fmt: skip
+    stops = set(stops) if isinstance(stops, (list, tuple)) else {stops}
+    device = model.get_input_embeddings().weight.device
+    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in range(0, len(by_length), batch_size):
+        chosen = by_length[first : first + batch_size]
+        width = max(len(prompts[i]) for i in chosen)
+        pads = [width - len(prompts[i]) for i in chosen]
+        ids = [[tokenizer.pad_token_id] * pad + list(prompts[i]) for pad, i in zip(pads, chosen, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=config,
+        )
+        for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
+            ended = next((k for k, token in enumerate(tokens) if token in stops), None)
+            text = tokenizer.decode(tokens[:ended], skip_special_tokens=True).strip()
+            answers[i] = (text, ended is not None)
+        progress(len(chosen))
+    return answers

@@ -1,0 +1,161 @@
+"""QF as a PEFT tuner: LoRA's layers, filled with solved factors instead of trained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from .blocks import base_layer, find_blocks, linear_shape, mlp_ends, split_path
+from .config import QFConfig
+from .solve import LowRankDelta
+from .statistics import TaughtAdapter
+
+
+class QFModel(LoraModel):
+    """
+    The tuner behind [`QFConfig`]: `get_peft_model(model, QFConfig(...)).base_model`.
+
+    It differs from [`LoraModel`] in that it finds its default target modules from the model's structure, checks the
+    targets before it touches the model, starts every adapter at zero, keeps the adapter in the base model's dtype, and
+    holds the statistics of what each adapter was taught (`taught`, by adapter name), which leave with the adapter.
+    """
+
+    taught: dict[str, TaughtAdapter]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.taught = {}
+
+    def _prepare_adapter_config(self, peft_config: QFConfig, model_config: Any) -> QFConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = mlp_ends(self.model)
+        targets = _check_targets(self.model, peft_config)
+        peft_config.fan_in_fan_out = all(type(base_layer(target)).__name__ == "Conv1D" for target in targets)
+        return peft_config
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        layer = parent.get_submodule(target_name)
+        weight = layer.lora_A[adapter_name].weight
+        if weight.device.type != "meta":
+            weight.data.zero_()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leave the factors in the base model's dtype: PEFT raises them to float32 for an optimizer's sake only."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.taught.pop(adapter_name, None)
+
+    def layers(self, adapter_name: str) -> dict[str, LoraLayer]:
+        """The layers that carry the adapter, by module name, in the order of the blocks."""
+        found = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+        }
+        return dict(sorted(found.items(), key=lambda item: split_path(item[0])[1]))
+
+    def factors(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
+        """Copies of the adapter's factors A (r, d_in) and B (d_out, r) beside the module `name`."""
+        layer = self.layers(adapter_name)[name]
+        return tuple(part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
+
+    def delta(self, adapter_name: str, name: str) -> LowRankDelta:
+        """The adapter's present change of the module `name`, float32."""
+        a, b = self.factors(adapter_name, name)
+        return LowRankDelta(A=a.float(), B=b.float() * self.layers(adapter_name)[name].scaling[adapter_name])
+
+    def install(self, adapter_name: str, deltas: Mapping[str, LowRankDelta]) -> None:
+        """Put changes into an adapter; its other modules keep theirs.
+
+        All modules get one rank, so that the file is one that every reader of LoRA files takes: the config's `r`, or
+        where it grows the largest any module needs, with zeros added to the others.
+        """
+        config, layers = self.peft_config[adapter_name], self.layers(adapter_name)
+        cap = None if config.grows else config.r
+        full = {name: d.compressed(cap) if cap and d.rank > cap else d for name, d in deltas.items()}
+        for name in layers.keys() - deltas.keys():
+            present = self.delta(adapter_name, name)
+            used = present.A.any(dim=1)
+            full[name] = LowRankDelta(A=present.A[used], B=present.B[:, used])
+        rank = cap or max([1, *(delta.rank for delta in full.values())])
+        factors = {}
+        for name, delta in full.items():
+            a, b = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
+            new_a, new_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
+            new_a[: delta.rank] = delta.A.to(a)
+            new_b[:, : delta.rank] = delta.B.to(b)
+            factors[name] = (new_a, new_b)
+        self.set_factors(adapter_name, factors)
+
+    def set_factors(self, adapter_name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Replace the factors of every module of an adapter by those given, all of one rank."""
+        layers = self.layers(adapter_name)
+        for name, (a, b) in factors.items():
+            layer, rank = layers[name], a.shape[0]
+            for part, weight in ((layer.lora_A[adapter_name], a), (layer.lora_B[adapter_name], b)):
+                part.weight = nn.Parameter(weight, part.weight.requires_grad)
+            layer.lora_A[adapter_name].out_features = layer.lora_B[adapter_name].in_features = rank
+            layer.r[adapter_name] = layer.lora_alpha[adapter_name] = rank
+            layer.scaling[adapter_name] = 1.0
+            self.peft_config[adapter_name].r = self.peft_config[adapter_name].lora_alpha = rank
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base model, for a while; unlike PEFT's `disable_adapter` it leaves `requires_grad` as it was."""
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+
+def _check_targets(model: nn.Module, config: QFConfig) -> list[nn.Module]:
+    """Refuse targets that do not exist, are not linear or lie in no block, before the model is touched.
+
+    Returns:
+        The target modules of all blocks.
+    """
+    names = {
+        name: module
+        for name, module in model.named_modules()
+        if name and ".base_layer" not in name and ".lora_" not in name
+    }
+    everywhere = QFConfig(target_modules=config.target_modules, exclude_modules=config.exclude_modules)
+    targets = [name for name in names if check_target_module_exists(everywhere, name)]
+    wanted = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    if not targets:
+        path, blocks = find_blocks(model)
+        linear = [n for n, m in blocks[0].named_modules() if linear_shape(m) is not None and ".base_layer" not in n]
+        linear = [n for n in linear if "lora_" not in n]
+        raise ValueError(
+            f"target_modules={wanted!r} matches no module of {type(model).__name__}; its blocks ({path}.0, …) have the "
+            f"linear modules {linear}"
+        )
+    for name in targets:
+        if linear_shape(names[name]) is None:
+            raise ValueError(
+                f"target_modules={wanted!r} matches {name!r}, a {type(names[name]).__name__}, which is not linear; QF "
+                "changes the weights of linear modules only"
+            )
+        split_path(name)
+    indices = config.layers_to_transform
+    if indices is None or isinstance(config.target_modules, str):
+        indices = []  # a regular expression chooses the layers itself
+    present = sorted({split_path(name)[1] for name in targets})
+    for index in [indices] if isinstance(indices, int) else indices:
+        if index not in present:
+            raise ValueError(
+                f"layers_to_transform={indices!r}: layer {index} is out of range; the modules {wanted!r} are in layers "
+                f"{present[0]} to {present[-1]}"
+            )
+    return [names[name] for name in targets]

@@ -1,0 +1,178 @@
+"""The solves against independent formulas: pseudo-inverses and normal equations in float64."""
+
+import pytest
+import torch
+
+from qf_peft.moments import SecondMoment
+from qf_peft.solve import LowRankDelta, minimum_norm, preserving
+
+
+def problem(n, d_in=24, d_out=10, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d_in, generator=g), torch.randn(n, d_out, generator=g)
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("n", [1, 5, 24, 60])
+def test_minimum_norm_is_the_pseudo_inverse(n):
+    keys, residual = problem(n)
+    delta = minimum_norm(keys, residual)
+    expected = residual.double().T @ torch.linalg.pinv(keys.double()).T
+    assert relative(delta.dense(), expected) < 1e-5
+    assert delta.rank <= min(n, 24)
+
+
+@pytest.mark.parametrize("n", [6, 60])
+def test_minimum_norm_with_weights(n):
+    keys, residual = problem(n)
+    s = torch.rand(n, generator=torch.Generator().manual_seed(1)) * 3
+    s[::4] = 0
+    root = s.double().sqrt()[:, None]
+    expected = (root * residual).T @ torch.linalg.pinv(root * keys.double()).T
+    assert relative(minimum_norm(keys, residual, s).dense(), expected) < 1e-5
+
+
+def test_significance_is_repetition():
+    """An integer weight is the row repeated that many times, as in the paper's reference; 0 leaves it out."""
+    keys, residual = problem(40)  # more rows than d_in, so that weights matter
+    s = torch.randint(0, 4, (40,), generator=torch.Generator().manual_seed(2))
+    times = s.tolist()
+    repeated = minimum_norm(
+        torch.cat([keys[i : i + 1].repeat(k, 1) for i, k in enumerate(times)]),
+        torch.cat([residual[i : i + 1].repeat(k, 1) for i, k in enumerate(times)]),
+    )
+    assert relative(minimum_norm(keys, residual, s).dense(), repeated.dense()) < 1e-5
+
+
+@pytest.mark.parametrize("n", [4, 12, 40])
+def test_degenerate_keys_give_the_minimum_norm_solution(n):
+    keys, residual = problem(n)
+    keys = torch.cat([keys, keys[:2], torch.zeros(2, 24)])  # repeated with other residuals, and zero
+    residual = torch.cat([residual, problem(n, seed=9)[1][:2], torch.ones(2, 10)])
+    delta = minimum_norm(keys, residual).dense()
+    assert torch.isfinite(delta).all()
+    expected = residual.double().T @ torch.linalg.pinv(keys.double(), rtol=1e-6).T
+    assert relative(delta, expected) < 1e-4
+
+
+def test_keys_all_zero_or_absent_change_nothing():
+    for keys, residual in ((torch.zeros(3, 24), torch.ones(3, 10)), (torch.zeros(0, 24), torch.zeros(0, 10))):
+        delta = minimum_norm(keys, residual)
+        assert delta.dense().shape == (10, 24)
+        assert not delta.dense().any()
+
+
+def test_keys_alike_to_rounding_do_not_explode():
+    keys, residual = problem(3)
+    twice = torch.cat([keys, keys * (1 + 1e-7)])
+    delta = minimum_norm(twice, torch.cat([residual, residual + 1]))
+    assert delta.dense().norm() < 10 * minimum_norm(keys, residual).dense().norm()
+
+
+@pytest.mark.parametrize("n", [1, 7, 50])
+@pytest.mark.parametrize("preserved", [0, 5, 100])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_preserving_primal_and_dual_are_the_normal_equations(n, preserved, weighted):
+    keys, residual = problem(n)
+    s = torch.rand(n, generator=torch.Generator().manual_seed(3)) if weighted else torch.ones(n)
+    if weighted and n > 2:
+        s[1] = 0
+    old, _ = problem(preserved, seed=5)
+    moment = SecondMoment(24)
+    for chunk in old.split(3):
+        moment.update(chunk, 1 / max(preserved, 1))
+    strength, ridge = 2.5, 0.03
+    y, r, k, w = keys.double(), residual.double(), old.double(), s.double()
+    c = k.T @ k / max(preserved, 1)
+    system = y.T @ (w[:, None] * y) + strength * c + ridge * torch.eye(24).double()
+    expected = (r.T * w) @ y @ torch.linalg.inv(system)
+    for form in ("primal", "dual", "auto"):
+        delta = preserving(keys, residual, moment, strength, ridge, s, form)
+        assert relative(delta.dense(), expected) < 1e-5, form
+
+
+def test_preserving_keeps_outputs_of_preserved_keys():
+    keys, residual = problem(3)
+    old, _ = problem(6, seed=5)
+    delta = preserving(keys, residual, SecondMoment(24).update(old), strength=1e6, ridge=1e-3)
+    assert delta(old).norm() < 1e-2 * residual.norm()
+    assert relative(delta(keys), residual) < 1e-2
+
+
+def test_moment_is_kept_small_and_exact():
+    old, _ = problem(23, seed=5)
+    weights = torch.rand(23, generator=torch.Generator().manual_seed(4))
+    moment = SecondMoment(24).update(old[:10], weights[:10]).update(old[10:], weights[10:])
+    assert moment.matrix is None and moment.root.shape == (23, 24), "fewer keys than d_in: no d_in × d_in matrix"
+    c = old.double().T @ (weights.double()[:, None] * old.double())
+    assert moment.trace == pytest.approx(float(c.trace()), rel=1e-5)
+    probe, _ = problem(4, seed=6)
+    expected = torch.einsum("ni,ij,nj->n", probe.double(), c, probe.double())
+    assert torch.allclose(moment.quadratic(probe), expected, rtol=1e-4)
+    moment.update(old[:1])
+    assert moment.matrix is not None and moment.root is None and moment.count == 24
+    assert torch.allclose(moment.matrix, c + torch.outer(old[0], old[0]).double(), atol=1e-4)
+
+
+def test_compressed_is_the_best_low_rank_approximation():
+    keys, residual = problem(8)
+    delta = minimum_norm(keys, residual)
+    u, s, vh = torch.linalg.svd(delta.dense().double())
+    for rank in (1, 3, 8):
+        small = delta.compressed(rank)
+        assert small.rank == rank
+        assert relative(small.dense(), (u[:, :rank] * s[:rank]) @ vh[:rank]) < 1e-5
+        assert float(small.A.norm()) == pytest.approx(float(small.B.norm()), rel=1e-4)
+    doubled = delta + delta
+    assert doubled.rank == 16 and doubled.compressed().rank == 8
+    assert relative(doubled.compressed().dense(), 2 * delta.dense()) < 1e-5
+    nothing = LowRankDelta(torch.zeros(2, 24), torch.zeros(10, 2)).compressed()
+    assert nothing.rank == 0 and nothing.dense().shape == (10, 24)
+
+
+def test_float64_stays_float64():
+    keys, residual = problem(4)
+    assert minimum_norm(keys.double(), residual.double()).A.dtype == torch.float64
+    assert minimum_norm(keys.bfloat16(), residual.bfloat16()).A.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keys": torch.ones(2, 3)}, r"keys \(2, 3\) and residual \(4, 10\)"),
+        ({"significance": torch.ones(3)}, r"significance has shape \(3,\); expected \(4,\)"),
+        ({"significance": -torch.ones(4)}, "negative"),
+        ({"keys": torch.full((4, 24), float("nan"))}, "keys hold values that are not finite"),
+        ({"residual": torch.full((4, 10), float("inf"))}, "residual hold values that are not finite"),
+    ],
+)
+def test_unfit_arguments(arguments, message):
+    keys, residual = problem(4)
+    with pytest.raises(ValueError, match=message):
+        minimum_norm(**{"keys": keys, "residual": residual, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": -1.0}, "strength=-1.0"),
+        ({"ridge": 0.0}, "ridge=0.0"),
+        ({"form": "other"}, "form='other'"),
+        ({"moment": SecondMoment(5)}, "width 5"),
+    ],
+)
+def test_unfit_arguments_of_preserving(arguments, message):
+    keys, residual = problem(4)
+    given = {"moment": SecondMoment(24), "strength": 1.0, "ridge": 1.0, **arguments}
+    with pytest.raises(ValueError, match=message):
+        preserving(keys, residual, **given)
+
+
+def test_unfit_moment_updates():
+    with pytest.raises(ValueError, match=r"expected \(n, 24\)"):
+        SecondMoment(24).update(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="negative or not finite"):
+        SecondMoment(24).update(torch.ones(2, 24), torch.tensor([1.0, -1.0]))
