@@ -194,7 +194,9 @@ def test_adapters_in_the_wrong_state(tiny, tokenizer):
 
 
 def test_text_longer_than_the_models_positions(tokenizer):
-    model = get_peft_model(random_model("gpt2", max_position_embeddings=40, n_positions=40), QFConfig(layers_to_transform=[2]))
+    model = get_peft_model(
+        random_model("gpt2", max_position_embeddings=40, n_positions=40), QFConfig(layers_to_transform=[2])
+    )
     long = {**FACT, "instruction": "Zanmi founded Tofinlor. " * 4}
     with pytest.raises(ValueError, match=r"row 1 has \d+ tokens with its instruction; the model has 40 positions"):
         trainer(model, tokenizer, [{"instruction": "A b.", "prompt": "C", "completion": "D"}, long]).train()
