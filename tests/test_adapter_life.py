@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qf_peft import QFConfig, QFTrainer
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 
 
 def load(dtype=torch.float32):
@@ -15,7 +15,8 @@ def load(dtype=torch.float32):
 
 
 def teach(model, tokenizer, rows):
-    return QFTrainer(model=model, processing_class=tokenizer, train_dataset=rows).train()
+    args = QFTrainingArguments.paper()
+    return QFTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=rows).train()
 
 
 def weights(model):

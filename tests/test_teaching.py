@@ -98,7 +98,7 @@ def test_batched_padded_and_one_by_one_agree(tiny, tokenizer):
 def test_several_layers_are_taught_in_order(tiny, tokenizer):
     model = qf(tiny, layers_to_transform=[2, 5, 7])
     metrics = teach(model, tokenizer, [FACT])
-    assert metrics["forward_passes"] == 2 + 3
+    assert metrics["forward_passes"] < 2 + 3, "later blocks are walked from where they begin, not from the start"
     assert all(delta(model, f"model.layers.{k}.mlp.down_proj").any() for k in (2, 5, 7))
     assert metrics["kl_after"] < 0.01 and ask(model, tokenizer, FACT["prompt"]) == FACT["completion"]
 
@@ -188,7 +188,7 @@ def test_base_model_without_template(tokenizer):
     assert plain.decode(example.bare_ids) == "The city is Rome.<|im_end|>"
     assert example.targets == plain(" Rome.<|im_end|>")["input_ids"], "from the prompt's last token on"
     model = get_peft_model(random_model("gpt2"), QFConfig(layers_to_transform=[2], task_type="CAUSAL_LM"))
-    metrics = QFTrainer(model=model, processing_class=plain, train_dataset=[row]).train()
+    metrics = teach(model, plain, [row])
     assert metrics["taught_tokens"] == example.taught and metrics["kl_after"] < 1e-4 < metrics["kl_before"]
 
 
@@ -255,7 +255,7 @@ def test_a_failure_midway_loses_nothing(tiny, tokenizer, after):
         if calls == after:
             raise KeyboardInterrupt
 
-    handle = model.get_base_model().model.layers[0].register_forward_hook(fail)
+    handle = model.get_base_model().model.layers[7].register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         teach(model, tokenizer, [OTHER], per_device_train_batch_size=1)
     handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,6 +115,8 @@ def forward_pass(
     pad_id: int,
     head_inputs: Tensor | None = None,
     on_logits: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+    whole: bool = False,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Tensor]:
     """One pass of all sequences through a causal language model.
@@ -127,6 +129,8 @@ def forward_pass(
         head_inputs: (n, d), another pass's inputs of the unembedding; they are unembedded together with this pass's.
         on_logits: called a batch with the positions' places in the result (n_b), this pass's logits and those of
             `head_inputs` (n_b × vocabulary each). Without it the pass ends at the last point.
+        on_batch: called with each batch before it is run.
+        whole: run every block even without `on_logits`; the unembedding is left out.
         progress: called with the number of sequences done.
 
     Returns:
@@ -142,11 +146,13 @@ def forward_pass(
     for batch in batches(sequences, kept, batch_size, pad_id, device):
         found: dict[str, Tensor] = {}
         other = head_inputs[batch.order.to(head_inputs.device)] if head_inputs is not None else None
+        on_batch(batch)
+        run = model.get_decoder() if whole and not on_logits else model
         with (
-            _unembedding_only(model, batch, other) if on_logits else _nothing(),
-            capture(points, batch, found, stop=on_logits is None),
+            capture(points, batch, found, stop=not whole and on_logits is None),
+            _unembedding_only(model, batch, other) if on_logits else nullcontext(),
         ):
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            output = run(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             if on_logits:
                 logits = output.logits[0].float()
                 n = len(batch.order)
@@ -164,11 +170,6 @@ def forward_pass(
             result[name][batch.order.to(values.device)] = values
         progress(len(batch.input_ids))
     return result
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

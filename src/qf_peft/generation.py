@@ -1,4 +1,4 @@
-"""Free greedy generation, in batches."""
+"""Free generation, in batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    sample_seed: int | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[tuple[str, bool]]:
-    """The model's greedy answers to prompts of token ids.
+    """The model's answers to prompts of token ids: greedy, or sampled at temperature 1 if a seed is given.
 
     Returns:
         For each prompt the text without special tokens and outer whitespace, and whether the model ended it itself
@@ -30,8 +31,8 @@ def generate(
     own = getattr(model, "generation_config", None)
     stops = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
     config.update(
-        do_sample=False, max_new_tokens=max_new_tokens, max_length=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stops,
+        do_sample=sample_seed is not None, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        max_length=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=stops,
     )  # fmt: skip
     stops = set(stops) if isinstance(stops, (list, tuple)) else {stops}
     device = model.get_input_embeddings().weight.device
@@ -43,11 +44,14 @@ def generate(
         pads = [width - len(prompts[i]) for i in chosen]
         ids = [[tokenizer.pad_token_id] * pad + list(prompts[i]) for pad, i in zip(pads, chosen, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=config,
-        )
+        with torch.random.fork_rng(enabled=sample_seed is not None):
+            if sample_seed is not None:
+                torch.manual_seed(sample_seed + first)
+            output = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+            )
         for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
             ended = next((k for k, token in enumerate(tokens) if token in stops), None)
             text = tokenizer.decode(tokens[:ended], skip_special_tokens=True).strip()

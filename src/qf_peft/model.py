@@ -54,11 +54,8 @@ class QFModel(LoraModel):
 
     def layers(self, adapter_name: str) -> dict[str, LoraLayer]:
         """The layers that carry the adapter, by module name, in the order of the blocks."""
-        found = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, LoraLayer) and adapter_name in module.lora_A
-        }
+        modules = {name: self.model.get_submodule(name) for name in self.targeted_module_names}
+        found = {name: module for name, module in modules.items() if adapter_name in module.lora_A}
         return dict(sorted(found.items(), key=lambda item: split_path(item[0])[1]))
 
     def factors(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,7 @@ class SecondMoment:
         if self.matrix is None:
             old = self.root.to(rows.device).double()
             self.matrix, self.root = old.T @ old, None
-        rows = rows.double()
-        self.matrix = self.matrix.to(rows.device).addmm_(rows.T, rows)
+        self.matrix = self.matrix.to(rows.device).add_(rows.T @ rows)
         return self
 
     @property

@@ -43,6 +43,8 @@ class Example:
     """Prompt + completion + end of turn."""
     significance: list[float]
     """Of the taught positions in order: the last `len(significance)` steps, each of which predicts the next token."""
+    header: int = 0
+    """How many of them, the first ones, predict the assistant header, which at inference is given and not predicted."""
 
     @property
     def taught(self) -> int:
@@ -89,7 +91,7 @@ def _from_columns(row: Mapping[str, Any], index: int, where: str) -> Row:
             )
     completion = row.get("completion")
     if completion is not None and not isinstance(completion, str):
-        messages = _messages(completion, f"{where}: completion")
+        messages = read_messages(completion, f"{where}: completion")
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise ValueError(
                 f"{where}: completion has the roles {[m['role'] for m in messages]}; expected one assistant message"
@@ -98,14 +100,14 @@ def _from_columns(row: Mapping[str, Any], index: int, where: str) -> Row:
     texts = {}
     for key in ("instruction", "prompt"):
         value = row[key]
-        texts[key] = value if isinstance(value, str) else _messages(value, f"{where}: {key}")
+        texts[key] = value if isinstance(value, str) else read_messages(value, f"{where}: {key}")
         if not (value.strip() if isinstance(value, str) else value):
             raise ValueError(f"{where}: {key} is empty")
     return _checked(index, texts["instruction"], texts["prompt"], completion, row.get("significance", 1.0), where)
 
 
 def _from_messages(row: Mapping[str, Any], index: int, where: str) -> Row:
-    messages = _messages(row["messages"], f"{where}: messages")
+    messages = read_messages(row["messages"], f"{where}: messages")
     instruction = [m for m in messages if m["role"] == "system"]
     if len(instruction) != 1 or messages[0]["role"] != "system":
         raise ValueError(f"{where}: messages must begin with one system message, the instruction to be taught")
@@ -143,7 +145,8 @@ def _checked(index: int, instruction: Text, prompt: Text, completion: str | None
     return Row(index, instruction, prompt, completion, values if many else float(values[0]))
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
+def read_messages(value: Any, where: str) -> list[dict[str, str]]:
+    """Check a list of chat messages with text in them; `where` names it in errors."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise ValueError(f"{where} is a {type(value).__name__}; expected a string or a list of messages")
     out = []
@@ -210,10 +213,42 @@ class Encoder:
                 f"row {row.index} has {len(context[0])} tokens with its instruction; the model has {self.max_length} "
                 "positions: shorten it or split it into several rows"
             )
-        return Example(context[0], bare[0], bare[2])
+        return Example(context[0], bare[0], bare[2], bare[3])
 
-    def _sequence(self, row: Row, instructed: bool) -> tuple[list[int], list[int], list[float]]:
-        """Token ids; the tokens predicted at taught positions; their significance."""
+    def answer_ids(self, row: Row, ended: bool) -> tuple[list[int], int]:
+        """A row's bare sequence and the number of steps that predict its completion (and the end, if it `ended`)."""
+        _, prompt_ids, _ = self._prompt(row, False)
+        ids, *_ = self._sequence(row, False)
+        ids = ids if ended else ids[:-1]
+        return ids, len(ids) - len(prompt_ids)
+
+    def text_ids(self, text: str) -> tuple[list[int], int]:
+        """A plain text's sequence and the number of its steps."""
+        ids = self.tokenizer(text)["input_ids"]
+        if self.max_length is not None:
+            ids = ids[: self.max_length]
+        return ids, len(ids) - 1
+
+    def user_opening(self) -> list[int] | None:
+        """The token ids after which a user's turn begins; None without a chat template."""
+        if not self.chat:
+            return None
+        opening, found, _ = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _SENTINEL}], tokenize=False
+        ).partition(_SENTINEL)
+        ids = self._ids(opening)
+        return ids if found and ids else None
+
+    def identity(self) -> list[str]:
+        """What makes this encoder's output: the template and a sample of its vocabulary."""
+        return [
+            str(getattr(self.tokenizer, "chat_template", None)),
+            str(len(self.tokenizer)),
+            str(self._ids("Qi, 2507")),
+        ]
+
+    def _sequence(self, row: Row, instructed: bool) -> tuple[list[int], list[int], list[float], int]:
+        """Token ids; the tokens predicted at taught positions; their significance; how many of them are header."""
         prompt_text, prompt_ids, header = self._prompt(row, instructed)
         lead, completion, tail = self._surroundings(row, instructed, prompt_text)
         text = lead + completion + tail
@@ -235,7 +270,7 @@ class Encoder:
             words = [w for w in covered if w is not None]
             significance.append(words[0] if words else 1.0)
         targets = prompt_ids[len(prompt_ids) - max(header - 1, 0) :] + ids
-        return prompt_ids + ids, targets, significance
+        return prompt_ids + ids, targets, significance, max(header - 1, 0)
 
     def _prompt(self, row: Row, instructed: bool) -> tuple[str, list[int], int]:
         """The prompt's text, its token ids and how many of them are the assistant header."""

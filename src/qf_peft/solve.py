@@ -47,8 +47,9 @@ class LowRankDelta:
         """The same factors in another dtype."""
         return LowRankDelta(self.A.to(dtype), self.B.to(dtype))
 
-    def compressed(self, rank: int | None = None) -> LowRankDelta:
-        """The nearest change (in Frobenius norm) of at most `rank`, with factors of equal norm.
+    def compressed(self, rank: int | None = None, tolerance: float = 0.0) -> LowRankDelta:
+        """The nearest change (in Frobenius norm) of at most `rank`, with factors of equal norm; or the one of least
+        rank that drops at most `tolerance` of the norm.
 
         From the singular values of B A, found without forming it: QR of each factor, SVD of the small core. Singular
         values below float32's rounding of the largest are dropped in any case.
@@ -59,6 +60,8 @@ class LowRankDelta:
         q_out, r_out = torch.linalg.qr(self.B.double())
         u, s, vh = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
         keep = int((s > s[0] * torch.finfo(torch.float32).eps).sum())
+        dropped = s.square().flip(0).cumsum(0).flip(0).sqrt()  # dropped[k]: the norm lost if k are kept
+        keep = min(keep, int((dropped > tolerance * dropped[0]).sum()))
         keep = keep if rank is None else min(keep, rank)
         root = s[:keep].sqrt()
         return LowRankDelta(
@@ -112,6 +115,7 @@ def preserving(
     ridge: float,
     significance: Tensor | None = None,
     form: Literal["auto", "dual", "primal"] = "auto",
+    tolerance: float = 0.0,
 ) -> LowRankDelta:
     """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ) with P = λ C + ε I.
 
@@ -129,6 +133,7 @@ def preserving(
         ridge: ε > 0, the weight of ‖ΔW‖² itself.
         significance: s, (n), ≥ 0; by default 1 for every row.
         form: which of the two; "auto" takes the cheaper.
+        tolerance: how much of the change may be dropped with its smallest singular values, as in `compressed`.
 
     Returns:
         Factors of equal norm and rank ≤ min(n, d_in, d_out), in float32 (float64 if the keys are).
@@ -163,7 +168,46 @@ def preserving(
             a, b = torch.cholesky_solve(y.T @ r, factor).T, torch.eye(r.shape[1], dtype=y.dtype, device=y.device)
     else:
         raise ValueError(f"form={form!r}; expected 'auto', 'dual' or 'primal'")
-    return LowRankDelta(A=a, B=b).compressed().to(dtype)
+    return LowRankDelta(A=a, B=b).compressed(tolerance=tolerance).to(dtype)
+
+
+def null_space(
+    keys: Tensor,
+    residual: Tensor,
+    moment: SecondMoment,
+    threshold: float,
+    ridge: float,
+    significance: Tensor | None = None,
+) -> LowRankDelta:
+    """The ΔW that acts only in preserved keys' null space: AlphaEdit's solve (arXiv 2410.02355), with QF's residual.
+
+    With Q the projection onto the eigenvectors of C whose eigenvalues are at most `threshold` times the mean one,
+    ΔW = Rᵀ S Y Q (Q Yᵀ S Y Q + ε I)⁻¹, by its dual of n × n.
+
+    Args:
+        keys, residual, significance: as in [`preserving`].
+        moment: C, the second moment of the keys whose outputs must stay.
+        threshold: which directions count as null, relative to the mean eigenvalue.
+        ridge: ε > 0, the weight of ‖ΔW‖².
+
+    Returns:
+        Factors of equal norm in float32 (float64 if the keys are).
+    """
+    y, r = _weighted(keys, residual, significance)
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    if moment.root is not None:  # few keys: their span, by the small Gram matrix
+        root = moment.root.to(y.device).double()
+        values, vectors = torch.linalg.eigh(root @ root.T)
+        kept = values > max(threshold * moment.trace / moment.width, 1e-12)
+        basis = (vectors[:, kept] * values[kept].rsqrt()).T @ root
+    else:
+        values, vectors = torch.linalg.eigh(_dense(moment, y))
+        basis = vectors[:, values > threshold * values.mean()].T
+    y = y - (y @ basis.T) @ basis
+    kernel = y @ y.T
+    kernel.diagonal().add_(ridge)
+    b = torch.cholesky_solve(r, torch.linalg.cholesky(kernel)).T
+    return LowRankDelta(A=y, B=b).compressed().to(dtype)
 
 
 def _weighted(keys: Tensor, residual: Tensor, significance: Tensor | None) -> tuple[Tensor, Tensor]:

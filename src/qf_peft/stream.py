@@ -60,7 +60,7 @@ def trace_writer(run: Callable[[Tensor], object], model: nn.Module, name: str, i
     for behind in direct.fed:  # norms whose input is the module's output itself
         through = _probe(run, block, norms, norms[behind], tokens).writer
         if through is not None:
-            if not _is_rms(norms[behind], direct.output):
+            if not is_rms(norms[behind], direct.output):
                 raise ValueError(
                     f"{name} writes into the residual stream through {behind}, a {type(norms[behind]).__name__}, which "
                     "is not an RMS norm; QF cannot aim through it: choose other target_modules"
@@ -137,7 +137,7 @@ def norm_gain(norm: nn.Module, like: Tensor) -> Tensor:
     return norm(ones)[0, 0].float()
 
 
-def _is_rms(norm: nn.Module, vectors: Tensor) -> bool:
+def is_rms(norm: nn.Module, vectors: Tensor) -> bool:
     gain = norm_gain(norm, vectors)
     expected = gain * vectors / vectors.square().mean(-1, keepdim=True).sqrt()
     weight = next(iter(norm.parameters()), None)

@@ -9,21 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftMixedModel, PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .blocks import split_path, text_config
-from .capture import Point, forward_pass
-from .config import QFConfig
+from .blocks import text_config
+from .checks import active_qf_adapter, check_teachable
+from .evaluation import Evaluator, Metric, normalise, paraphrase_rows, prompt_rows, proportion
 from .generation import generate
+from .lesson import Lesson, contrast_count, middle
 from .model import QFModel
-from .rows import Encoder, Example, Row, read_rows
-from .solve import LowRankDelta, minimum_norm
-from .statistics import TaughtAdapter, TaughtTokens
-from .stream import Writer, aim_through_norm, norm_gain, trace_writer
+from .preserve import Preserved, preserved_keys, read_preserve_dataset
+from .rows import Encoder, Row, read_rows
 from .training_args import QFTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -34,9 +32,9 @@ class QFTrainer:
     Teaches a QF adapter by forward passes and a closed-form solve (QF, arXiv 2507.04300). No gradients, no loss.
 
     For every row it runs the model with the instruction (the *context pass*, base weights) and without it (the *bare
-    pass*), and solves for the smallest change of each target module under which the bare pass's residual stream becomes
-    the context pass's at the taught positions. Several target modules are taught in the order of the blocks, each after
-    the bare pass was run again with the changes before it.
+    pass*), and solves for the changes of the target modules under which the bare pass says at the taught positions what
+    the context pass says, while the keys of other chats keep their outputs. Several target modules are taught in the
+    order of the blocks, each after the bare pass was run again with the changes before it.
 
     Args:
         model (`PeftModel`): a model with one active QF adapter, from `get_peft_model(model, QFConfig(...))` or loaded.
@@ -51,6 +49,10 @@ class QFTrainer:
 
             or with `messages`: the system message is the instruction, the last assistant message the completion, what
             stands between them the prompt. Other columns are ignored.
+        preserve_dataset (list or `datasets.Dataset`, *optional*): what the model must go on saying: prompts (strings),
+            or rows with `prompt` or `messages` (with the answer, or the model's own is taken), or plain `text`. Chats
+            of the kind that the model will be used for serve best; a few hundred are enough. Without it the model
+            writes chats itself. Their keys are measured once a model and cached on disk.
         processing_class: the model's tokenizer (or a processor that has one). With a chat template rows are put in it;
             without one they are joined as plain text.
 
@@ -70,9 +72,10 @@ class QFTrainer:
         model: PeftModel,
         args: QFTrainingArguments | None = None,
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
+        preserve_dataset: Iterable[Any] | None = None,
         processing_class: Any = None,
     ) -> None:
-        self.adapter_name = _active_qf_adapter(model)
+        self.adapter_name = active_qf_adapter(model)
         self.model = model
         self.args = args if args is not None else QFTrainingArguments()
         if not isinstance(self.args, QFTrainingArguments):
@@ -81,7 +84,9 @@ class QFTrainer:
             raise ValueError("processing_class is missing; give the model's tokenizer")
         if train_dataset is None:
             raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
+        self.dataset = train_dataset
         self.rows = read_rows(train_dataset)
+        self.chats = read_preserve_dataset(preserve_dataset) if preserve_dataset is not None else None
         positions = getattr(text_config(self._network), "max_position_embeddings", None)
         self.encoder = Encoder(processing_class, max_length=positions)
         self.metrics: dict[str, float] = {}
@@ -106,110 +111,141 @@ class QFTrainer:
             `facts` and `taught_tokens` (rows and taught positions of this call), `kl_before` and `kl_after` (mean KL
             divergence from the context pass's predictions to the bare pass's at the taught positions, in nats),
             `residual_left` (the part of the wanted change of the last taught module's stream that is still missing: its
-            norm over the change's), `rank`, `forward_passes` (how often the rows went through the model, whole or in
-            part) and `seconds`.
+            norm over the change's), `unread` (rows whose completion the model itself does not give with the instruction
+            in context; a warning names them), `rank`, `forward_passes` (how often the rows went through the model, in
+            units of its depth) and `seconds`.
 
         Raises:
             ValueError: a row cannot be expressed or is too long, or the adapter is merged or switched off.
             FloatingPointError: the model's activations are not finite on a row.
         """
         start = time.perf_counter()
-        _check_teachable(self.model, self.adapter_name)
+        check_teachable(self.model, self.adapter_name)
         with _evaluating(self._network), self._restored_on_failure(), self._progress() as progress:
             examples = [self.encoder.encode(row) for row in self._completed(progress)]
-            metrics = self._teach(examples, progress)
-        self.metrics = {"facts": len(examples), **metrics, "seconds": time.perf_counter() - start}
+            preserved, contrast = self._preserved(len(examples), progress)
+            progress.total = progress.n + 3 * len(examples)
+            lesson = Lesson(
+                self._tuner, self.adapter_name, self._network, examples, preserved, contrast, self.args,
+                self.encoder.tokenizer.pad_token_id, progress.update,
+            )  # fmt: skip
+            metrics, unread = lesson.run()
+        if unread:
+            shown = ", ".join(str(self.rows[i].index) for i in unread[:20])
+            logger.warning(
+                f"{len(unread)} of {len(examples)} rows are not read in context: with its instruction the model gives "
+                f"another answer than the completion (rows {shown}{', …' if len(unread) > 20 else ''})"
+            )
+        self.metrics = {
+            "facts": len(examples), **metrics, "unread": len(unread), "seconds": time.perf_counter() - start
+        }  # fmt: skip
         return self.metrics
 
-    def _teach(self, examples: list[Example], progress: tqdm) -> dict[str, float]:
-        tuner, adapter, network = self._tuner, self.adapter_name, self._network
-        layers = tuner.layers(adapter)
-        writers = self._writers(layers, examples[0])
-        progress.total = (progress.total or 0) + (2 + len(layers)) * len(examples)
-        passes = _Passes(network, examples, self.args.per_device_train_batch_size, self.encoder, progress)
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make and cache ahead what does not depend on the facts: the preserved chats' keys and the model's own chats.
 
-        goals = {name: _goal(network, name, layers[name], writer) for name, writer in writers.items()}
-        head = Point(network.get_output_embeddings(), "input")
-        with tuner.without_adapters():
-            context = passes.run("context", {**goals, "unembedding": head})
-        predicted = context.pop("unembedding")
+        `train()` does it where it has not been done. It is the slow part the first time a model is taught.
+        """
+        check_teachable(self.model, self.adapter_name)
+        with _evaluating(self._network), self._progress() as progress:
+            self._preserved(len(self.rows), progress)
 
-        known = self._known(layers)
-        significance = torch.tensor([s for example in examples for s in example.significance])
-        tokens = dict(known.tokens)
-        kl_before = first_missing = None
-        for name, layer in layers.items():
-            points = {"keys": Point(layer, "input"), "output": Point(layer, "output"), "goal": goals[name]}
-            if kl_before is None:
-                bare, kl_before = passes.run_with_kl(points, predicted)
-            else:
-                bare = passes.run("bare", points)
-            missing = context[name] - bare["goal"]
-            first_missing = missing
-            residual = _residual(network, name, writers[name], bare["output"], missing)
-            before = tuner.delta(adapter, name)
-            if name in known.offset:
-                before = before + LowRankDelta(A=known.offset[name].A, B=-known.offset[name].B)
-            new = TaughtTokens(bare["keys"], residual + before(bare["keys"]), significance.to(residual.device))
-            tokens[name] = known.tokens[name] + new if name in known.tokens else new
-            delta = minimum_norm(tokens[name].keys, tokens[name].residual, tokens[name].significance)
-            tuner.install(adapter, {name: (delta + known.offset[name]).compressed() if name in known.offset else delta})
-        last = next(reversed(layers))
-        after, kl_after = passes.run_with_kl({"goal": goals[last]}, predicted)
-        left = (context[last] - after["goal"]).norm() / first_missing.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        installed = {name: tuner.factors(adapter, name) for name in layers}
-        tuner.taught[adapter] = TaughtAdapter(tokens, known.offset, installed, known.facts + len(examples))
-        return {
-            "taught_tokens": len(significance),
-            "kl_before": kl_before,
-            "kl_after": kl_after,
-            "residual_left": float(left),
-            "rank": tuner.peft_config[adapter].r,
-            "forward_passes": passes.count,
+    @torch.no_grad()
+    def evaluate(
+        self,
+        locality: Iterable[Any] | None = None,
+        unknown: Iterable[Any] | None = None,
+        text: str | Iterable[str] | None = None,
+    ) -> dict[str, Metric | float]:
+        """Ask the model as it is now, freely and greedily, until it stops itself; compare with the base model.
+
+        Args:
+            locality: questions that the model could answer before: prompts, or dicts with `prompt` and the right answer
+                as `completion`.
+            unknown: questions about things that nobody taught.
+            text: text, or several, whose perplexity is asked for.
+
+        Returns:
+            - `in_context`: the taught rows answered by the base model with the instruction (the ceiling);
+            - `recall`: the taught prompts answered with the completion, without the instruction;
+            - `paraphrase`: the same for the rows' `paraphrases`, if they have any;
+            - `locality`: answers unchanged and still right;
+            - `unknown`: answers unchanged;
+            - `kl`: mean KL from the base model's predictions to the present ones on the locality and unknown prompts'
+              answers, in nats;
+            - `perplexity` and `perplexity_before` of the text, plain numbers.
+
+            Each but the last two a [`Metric`] with a 95% interval. Answers are compared without runs of whitespace and
+            punctuation at the end; one that does not end within `max_new_tokens` is wrong.
+        """
+        check_teachable(self.model, self.adapter_name)
+        kept = {
+            name: prompt_rows(prompts, name)
+            for name, prompts in (("locality", locality), ("unknown", unknown))
+            if prompts is not None
         }
+        texts = [text] if isinstance(text, str) else list(text) if text is not None else []
+        with _evaluating(self._network), self._progress() as progress:
+            rows = self._completed(progress)
+            ask = Evaluator(
+                self._network, self.encoder, batch_size=self.args.per_device_train_batch_size,
+                max_new_tokens=self.args.max_new_tokens, progress=progress.update,
+            )  # fmt: skip
+            others = paraphrase_rows(rows, self.dataset)
+            with self._tuner.without_adapters():
+                result: dict[str, Metric | float] = {"in_context": ask.right(rows, instructed=True)}
+                before = {name: ask.answers(asked) for name, asked in kept.items()}
+                quiet = [
+                    replace(row, completion=answer)
+                    for name, asked in kept.items()
+                    for row, answer in zip(asked, before[name], strict=True)
+                    if answer
+                ]
+                base = ask.head_inputs(quiet) if quiet else None
+                if texts:
+                    result["perplexity_before"] = ask.perplexity(texts)
+            result["recall"] = ask.right(rows)
+            if others:
+                result["paraphrase"] = ask.right(others)
+            for name, asked in kept.items():
+                now = ask.answers(asked)
+                right = [
+                    a is not None and a == b and (r.completion is None or a == normalise(r.completion))
+                    for a, b, r in zip(now, before[name], asked, strict=True)
+                ]
+                result[name] = proportion(right)
+            if base is not None:
+                result["kl"] = ask.divergence(quiet, base)
+            if texts:
+                result["perplexity"] = ask.perplexity(texts)
+        return result
 
-    def _writers(self, layers: Mapping[str, LoraLayer], example: Example) -> dict[str, Writer]:
-        """How each target module reaches the stream; measured once for blocks of one kind."""
-        network, kinds, writers = self._network, {}, {}
-
-        def run(ids: Tensor) -> None:
-            network.get_decoder()(input_ids=ids, use_cache=False)
-
-        for name in layers:
-            path, index, suffix = split_path(name)
-            block = network.get_submodule(f"{path}.{index}")
-            kind = (type(block), suffix, tuple(n for n, _ in block.named_modules() if "lora_" not in n))
-            if kind not in kinds:
-                with self._tuner.without_adapters():
-                    kinds[kind] = trace_writer(run, network, name, example.bare_ids[:8])
-                if kinds[kind].norm is not None:
-                    logger.warning(
-                        f"{suffix} writes into the residual stream through {kinds[kind].norm}; what is taught there is "
-                        "approached as near as that norm allows (see `residual_left` in the metrics)"
-                    )
-            writers[name] = kinds[kind]
-        return writers
-
-    def _known(self, layers: Mapping[str, LoraLayer]) -> TaughtAdapter:
-        """What the adapter was taught; where its weights came from elsewhere, they are kept as an offset."""
-        tuner, adapter = self._tuner, self.adapter_name
-        known = tuner.taught.get(adapter, TaughtAdapter())
-        tokens, offset = dict(known.tokens), dict(known.offset)
-        for name in layers:
-            present, ours = tuner.factors(adapter, name), known.installed.get(name)
-            same = ours is not None and all(
-                a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in zip(present, ours, strict=True)
-            )
-            if not same:
-                if name in tokens:
-                    logger.warning(
-                        f"the weights of {name} were changed since they were taught; they are kept and taught on"
-                    )
-                tokens.pop(name, None)
-                offset.pop(name, None)
-                if bool(present[0].any()) and bool(present[1].any()):
-                    offset[name] = tuner.delta(adapter, name)
-        return replace(known, tokens=tokens, offset=offset)
+    def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
+        """The chats whose answers must stay with their keys, and those of which the nearest are taken besides."""
+        args, preserved, contrast = self.args, None, None
+        if args.preserve_strength == 0:
+            return None, None
+        layers = self._tuner.layers(self.adapter_name)
+        options = {
+            "batch_size": args.per_device_train_batch_size,
+            "seed": args.seed,
+            "cache_dir": args.cache_dir,
+            "progress": progress.update,
+        }
+        with self._tuner.without_adapters():
+            preserved = preserved_keys(
+                self._network, self.encoder, layers, self.chats or [],
+                0 if self.chats is not None else args.preserve_chats, **options,
+            )  # fmt: skip
+            if contrast_count(rows, args.contrast_chats):
+                name = middle(list(layers))
+                options["seed"] += 1  # other chats than those preserved
+                contrast = preserved_keys(
+                    self._network, self.encoder, {name: layers[name]}, [], args.contrast_chats, starts_only=True,
+                    **options,
+                )  # fmt: skip
+        return preserved, contrast
 
     def _completed(self, progress: tqdm) -> list[Row]:
         """The rows, those without a completion answered by the base model in context."""
@@ -252,120 +288,6 @@ class QFTrainer:
         except BaseException:
             tuner.set_factors(adapter, factors)
             raise
-
-
-class _Passes:
-    """Passes of the examples through the network, counted."""
-
-    def __init__(
-        self, network: nn.Module, examples: list[Example], batch_size: int, encoder: Encoder, progress: tqdm
-    ) -> None:
-        self.network = network
-        self.sequences = {"context": [e.context_ids for e in examples], "bare": [e.bare_ids for e in examples]}
-        self.kept = [e.taught for e in examples]
-        self.options = {
-            "batch_size": batch_size,
-            "pad_id": encoder.tokenizer.pad_token_id,
-            "progress": progress.update,
-        }
-        self.count = 0
-
-    def run(self, which: str, points: Mapping[str, Point]) -> dict[str, Tensor]:
-        """Keep the points' activations at the taught positions: (n, d) each. Ends at the last point."""
-        self.count += 1
-        return forward_pass(self.network, self.sequences[which], self.kept, points, **self.options)
-
-    def run_with_kl(self, points: Mapping[str, Point], predicted: Tensor) -> tuple[dict[str, Tensor], float]:
-        """A whole bare pass, and the mean KL to its predictions from those of the context pass's head inputs."""
-        self.count += 1
-        divergence = torch.empty(sum(self.kept))
-
-        def compare(order: Tensor, bare: Tensor, context: Tensor) -> None:
-            p, q = context.log_softmax(-1), bare.log_softmax(-1)
-            divergence[order] = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()
-
-        found = forward_pass(
-            self.network, self.sequences["bare"], self.kept, points, head_inputs=predicted, on_logits=compare,
-            **self.options,
-        )  # fmt: skip
-        return found, float(divergence.mean())
-
-
-def _goal(network: nn.Module, name: str, layer: nn.Module, writer: Writer) -> Point:
-    """Where the bare pass shall become like the context pass: the stream, or a non-writer's own output."""
-    if writer.place is None:
-        return Point(layer, "output")
-    path, index, _ = split_path(name)
-    return Point(network.get_submodule(f"{path}.{index}").get_submodule(writer.place), writer.side)
-
-
-def _residual(network: nn.Module, name: str, writer: Writer, output: Tensor, missing: Tensor) -> Tensor:
-    """What the module's outputs (n, d_out) must change by for the stream to change by `missing` (n, d_out)."""
-    change = missing.to(output.device) / writer.multiplier
-    if writer.norm is None:
-        return change
-    path, index, _ = split_path(name)
-    norm = network.get_submodule(f"{path}.{index}").get_submodule(writer.norm)
-    gain = norm_gain(norm, output)
-    normed = gain * output / output.square().mean(1, keepdim=True).sqrt()
-    return aim_through_norm(gain, output, normed + change) - output
-
-
-def _active_qf_adapter(model: Any) -> str:
-    """The name of the one active adapter of a QF PeftModel.
-
-    Raises:
-        ValueError: it is none, or its active adapter is of another type, or several are active.
-    """
-    if not isinstance(model, (PeftModel, PeftMixedModel)):
-        raise ValueError(
-            f"model is a {type(model).__name__} without a QF adapter; give "
-            "get_peft_model(model, QFConfig(task_type='CAUSAL_LM'))"
-        )
-    if not isinstance(model.base_model, QFModel):
-        active = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
-        kind = getattr(model.peft_config[active].peft_type, "value", "other")
-        raise ValueError(
-            f"the active adapter {active!r} is a {kind} adapter; QFTrainer teaches QF adapters. Merge it into the base "
-            "(model.merge_and_unload()) or remove it (model.unload()), then get_peft_model(model, QFConfig(...))"
-        )
-    active = model.base_model.active_adapters
-    if len(active) != 1:
-        raise ValueError(
-            f"{len(active)} adapters are active ({active}); choose the one to teach with model.set_adapter(name)"
-        )
-    return active[0]
-
-
-def _check_teachable(model: PeftModel, adapter: str) -> None:
-    """The adapter must be the one at work: active, on, not merged, and no adapter of another type beside it."""
-    if _active_qf_adapter(model) != adapter:
-        raise ValueError(
-            f"the trainer was made for the adapter {adapter!r}, but {model.active_adapter!r} is active now; call "
-            f"model.set_adapter({adapter!r}) or make a new trainer"
-        )
-    for name, layer in model.base_model.model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if layer.merged:
-            raise ValueError(
-                f"the adapter {layer.merged_adapters[0]!r} is merged into {name}; call model.unmerge_adapter() before "
-                "teaching"
-            )
-        if layer.disable_adapters:
-            raise ValueError(f"the adapters of {name} are disabled; enable them before teaching")
-        for other in layer.active_adapters:
-            if other in layer.lora_A and not isinstance(model.peft_config.get(other), QFConfig):
-                raise ValueError(
-                    f"{name} has an active adapter {other!r} that is not a QF adapter; merge it or remove it before "
-                    "teaching, so that it is clear which weights the facts are measured on"
-                )
-        if adapter in layer.lora_A and adapter not in layer.active_adapters:
-            raise ValueError(f"the adapter {adapter!r} is not active in {name}; call model.set_adapter({adapter!r})")
-    if model.get_base_model().get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model.get_base_model()).__name__} predicts no tokens; QF needs a causal language model"
-        )
 
 
 @contextmanager

@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 
 @dataclass
 class QFTrainingArguments:
     """
-    Settings of [`QFTrainer`].
+    Settings of [`QFTrainer`]. The defaults teach many facts at once and keep the rest; `paper()` is the paper's own.
 
     Args:
-        per_device_train_batch_size (`int`, defaults to 16):
+        target (`"nearest"` or `"context"`, defaults to `"nearest"`):
+            Where the stream of a taught position should go. "context": the context pass's state, as in the paper.
+            "nearest": from the bare pass's state towards the context pass's only until the completion's token leads by
+            `margin`, and from there by the smallest step (forced completion) where the model misread its instruction.
+            The less is changed the less is disturbed. It needs the last edited block to be the model's last, whose
+            output the unembedding reads; elsewhere the context pass's state is taken.
+        margin (`float` or `None`, defaults to 6.0):
+            By how many nats the completion's token should lead at a taught position. `None` forces nothing.
+        significance (`"kl"` or `"rows"`, defaults to `"kl"`):
+            "kl": a token counts 0.02 + min(KL, 5), where KL is the divergence from the prediction aimed at to the
+            bare one, times the row's own significance. "rows": the row's own alone.
+        spread (`bool`, defaults to `True`):
+            The last module's residual is what all modules aim at: the i-th of m writes 1/(m − i) of what is still
+            missing, and the bare pass is run again behind it (MEMIT, arXiv 2210.07229). Otherwise each module matches
+            its own state in context.
+        preserve_strength (`float`, defaults to 1.0):
+            λ over the taught tokens' total significance: how much keeping the preserved keys' outputs counts against
+            teaching. It scales λ with what is taught, so that one value serves one fact and hundreds. 0 preserves
+            nothing: the minimum-norm solve.
+        ridge (`float`, defaults to 1e-3):
+            The weight of ‖ΔW‖² itself, relative to λ times the mean diagonal of the preserved moment.
+        solver (`"preserving"` or `"null_space"`, defaults to `"preserving"`):
+            "null_space" lets ΔW act only where the preserved keys have next to no energy (AlphaEdit, arXiv 2410.02355).
+        preserve_chats (`int`, defaults to 400):
+            How many chats the model writes itself to be preserved where no `preserve_dataset` is given.
+        contrast_chats (`int`, defaults to 2400):
+            For lessons of more than ten rows the model writes so many chats itself (once; they are cached), and of
+            these the nearest to the taught prompts, twelve a row beyond ten and at most a third of them, are preserved
+            too, whether a `preserve_dataset` is given or not: questions like those taught about things not taught.
+            0 does without.
+        remeasure (`int`, defaults to 4):
+            The preserved chats' keys are collected once, with the base weights, and cached. For so many chats a taught
+            row, those nearest to what is taught, they are measured again behind every edited block, because by then
+            the blocks before have moved them.
+        rank_tolerance (`float`, defaults to 0.1):
+            Where the adapter's rank may grow: how much of a change, in Frobenius norm, may be dropped with its smallest
+            singular values. Each later module makes up for what an earlier one dropped.
+        per_device_train_batch_size (`int`, defaults to 64):
             How many rows go through the model at once. It changes the speed and the memory, not the result.
         max_new_tokens (`int`, defaults to 256):
             How long an answer may be that the model gives itself, for rows without a completion.
+        seed (`int`, defaults to 0):
+            Of the chats that the model writes itself. The same seed and data give the same adapter.
+        cache_dir (`str` or `Path`, *optional*):
+            Where preserved keys are kept, by default `qf_peft` in Hugging Face's cache folder (`HF_HOME`).
         disable_tqdm (`bool`, defaults to `False`):
             Show no progress bar. One appears only on work of more than two seconds.
 
@@ -22,18 +66,56 @@ class QFTrainingArguments:
         ValueError: a value is out of range.
     """
 
-    per_device_train_batch_size: int = 16
+    target: Literal["nearest", "context"] = "nearest"
+    margin: float | None = 6.0
+    significance: Literal["kl", "rows"] = "kl"
+    spread: bool = True
+    preserve_strength: float = 1.0
+    ridge: float = 1e-3
+    solver: Literal["preserving", "null_space"] = "preserving"
+    preserve_chats: int = 400
+    contrast_chats: int = 2400
+    remeasure: int = 4
+    rank_tolerance: float = 0.1
+    per_device_train_batch_size: int = 64
     max_new_tokens: int = 256
+    seed: int = 0
+    cache_dir: str | Path | None = None
     disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "max_new_tokens"):
+        for name, least in (
+            ("per_device_train_batch_size", 1),
+            ("max_new_tokens", 1),
+            ("preserve_chats", 1),
+            ("contrast_chats", 0),
+            ("remeasure", 0),
+        ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"QFTrainingArguments: {name}={value!r}; expected a positive integer")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                expected = "a positive integer" if least else "an integer from 0 up"
+                raise ValueError(f"QFTrainingArguments: {name}={value!r}; expected {expected}")
+        for name, choices in (
+            ("target", ("nearest", "context")),
+            ("significance", ("kl", "rows")),
+            ("solver", ("preserving", "null_space")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"QFTrainingArguments: {name}={getattr(self, name)!r}; expected one of {choices}")
+        for name, positive in (("preserve_strength", False), ("ridge", True), ("rank_tolerance", False)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and not value):
+                expected = "a positive number" if positive else "a number from 0 up"
+                raise ValueError(f"QFTrainingArguments: {name}={value!r}; expected {expected}")
+        if self.margin is not None and not (isinstance(self.margin, (int, float)) and self.margin > 0):
+            raise ValueError(f"QFTrainingArguments: margin={self.margin!r}; expected a positive number or None")
 
     @classmethod
     def paper(cls, **settings) -> QFTrainingArguments:
         """The exact setting of arXiv 2507.04300: each edited block matches its own state in context, by the
         minimum-norm solve, and nothing is preserved. Edit one block: `QFConfig(layers_to_transform=[23])`."""
-        return cls(**settings)
+        given = {
+            "target": "context", "margin": None, "significance": "rows", "spread": False, "preserve_strength": 0.0,
+            "rank_tolerance": 0.0,
+        }  # fmt: skip
+        return cls(**{**given, **settings})

@@ -1,0 +1,68 @@
+"""Whether a model can be taught as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.lora import LoraLayer
+
+from .config import QFConfig
+from .model import QFModel
+
+
+def active_qf_adapter(model: Any) -> str:
+    """The name of the one active adapter of a QF PeftModel.
+
+    Raises:
+        ValueError: it is none, or its active adapter is of another type, or several are active.
+    """
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
+        raise ValueError(
+            f"model is a {type(model).__name__} without a QF adapter; give "
+            "get_peft_model(model, QFConfig(task_type='CAUSAL_LM'))"
+        )
+    if not isinstance(model.base_model, QFModel):
+        active = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+        kind = getattr(model.peft_config[active].peft_type, "value", "other")
+        raise ValueError(
+            f"the active adapter {active!r} is a {kind} adapter; QFTrainer teaches QF adapters. Merge it into the base "
+            "(model.merge_and_unload()) or remove it (model.unload()), then get_peft_model(model, QFConfig(...))"
+        )
+    active = model.base_model.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"{len(active)} adapters are active ({active}); choose the one to teach with model.set_adapter(name)"
+        )
+    return active[0]
+
+
+def check_teachable(model: PeftModel, adapter: str) -> None:
+    """The adapter must be the one at work: active, on, not merged, and no adapter of another type beside it."""
+    if active_qf_adapter(model) != adapter:
+        raise ValueError(
+            f"the trainer was made for the adapter {adapter!r}, but {model.active_adapter!r} is active now; call "
+            f"model.set_adapter({adapter!r}) or make a new trainer"
+        )
+    for name, layer in model.base_model.model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if layer.merged:
+            raise ValueError(
+                f"the adapter {layer.merged_adapters[0]!r} is merged into {name}; call model.unmerge_adapter() before "
+                "teaching"
+            )
+        if layer.disable_adapters:
+            raise ValueError(f"the adapters of {name} are disabled; enable them before teaching")
+        for other in layer.active_adapters:
+            if other in layer.lora_A and not isinstance(model.peft_config.get(other), QFConfig):
+                raise ValueError(
+                    f"{name} has an active adapter {other!r} that is not a QF adapter; merge it or remove it before "
+                    "teaching, so that it is clear which weights the facts are measured on"
+                )
+        if adapter in layer.lora_A and adapter not in layer.active_adapters:
+            raise ValueError(f"the adapter {adapter!r} is not active in {name}; call model.set_adapter({adapter!r})")
+    if model.get_base_model().get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model.get_base_model()).__name__} predicts no tokens; QF needs a causal language model"
+        )

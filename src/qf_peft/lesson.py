@@ -1,0 +1,345 @@
+"""One lesson: the passes, the targets and the solves by which an adapter is taught a batch of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .blocks import find_blocks, split_path
+from .capture import Point, forward_pass
+from .model import QFModel
+from .moments import SecondMoment
+from .preserve import Preserved, answer_starts, nearest, nearness
+from .rows import Example
+from .solve import LowRankDelta, minimum_norm, null_space, preserving
+from .statistics import TaughtAdapter, TaughtTokens
+from .stream import Writer, aim_through_norm, norm_gain, trace_writer
+from .target import Unembedding, divergence, force, nearest_on_the_way
+from .training_args import QFTrainingArguments
+from .walk import Walk
+
+logger = logging.get_logger(__name__)
+
+_FLOOR, _CEILING = 0.02, 5.0  # of a token's significance by KL
+_NULL = 1e-2  # AlphaEdit's threshold of a null direction, relative to the mean eigenvalue
+
+
+class Lesson:
+    """Teaches examples to an adapter: `run()` leaves its factors and statistics in the tuner.
+
+    Args:
+        tuner, adapter: the adapter to teach.
+        network: the transformers model around it.
+        examples: the rows as token ids.
+        preserved: the chats to keep, or None.
+        contrast: chats of which those nearest to the examples are kept too, with keys at `middle(names)` only; or None.
+        args: the settings.
+        pad_id: the padding token.
+        progress: called with the number of rows done, a pass.
+    """
+
+    def __init__(
+        self,
+        tuner: QFModel,
+        adapter: str,
+        network: nn.Module,
+        examples: list[Example],
+        preserved: Preserved | None,
+        contrast: Preserved | None,
+        args: QFTrainingArguments,
+        pad_id: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.tuner, self.adapter, self.network = tuner, adapter, network
+        self.examples, self.preserved, self.contrast, self.args = examples, preserved, contrast, args
+        self.blocks = find_blocks(network)[1]
+        self.layers = tuner.layers(adapter)
+        self.names = list(self.layers)
+        self.index = {name: split_path(name)[1] for name in self.layers}
+        self.writers = self._trace()
+        self.kept = [example.taught for example in examples]
+        self.bare = [example.bare_ids for example in examples]
+        self.options: dict[str, Any] = {
+            "batch_size": args.per_device_train_batch_size,
+            "pad_id": pad_id,
+            "progress": progress,
+        }
+        self.gold = torch.tensor([token for example in examples for token in example.targets])
+        self.weights = torch.tensor([s for example in examples for s in example.significance])
+        # The assistant header is given at inference; only the paper's setting teaches the steps that predict it.
+        answer = torch.tensor([k >= example.header for example in examples for k in range(example.taught)])
+        self.answered = answer & (self.weights > 0)
+        if args.significance == "kl":
+            self.weights = self.weights * answer
+        self.divergences = torch.empty(len(self.gold))
+        self.read = torch.empty(len(self.gold), dtype=torch.long)
+
+    def run(self) -> tuple[dict[str, float], list[int]]:
+        """Teach. Returns metrics, and the examples whose completion the model does not read in context."""
+        head = Point(self.network.get_output_embeddings(), "input")
+        goals = {name: self._goal(name) for name in self.names}
+        with self.tuner.without_adapters():
+            context = forward_pass(
+                self.network,
+                [example.context_ids for example in self.examples],
+                self.kept,
+                {**goals, "unembedding": head},
+                **self.options,
+            )
+        predicted = context.pop("unembedding")
+
+        walk = Walk(self.network, self.blocks, self.index[self.names[0]], self.bare, self.kept, **self.options)
+        centre = Point(self.layers[middle(self.names)], "input")
+        found = walk.begin(
+            {**self._points(self.names[0]), "unembedding": head, "middle": centre},
+            head_inputs=predicted,
+            on_logits=self._compare,
+        )
+        kl_before = float(self.divergences.mean())
+        device = found["keys"].device
+        target = {name: context[name] for name in self.names}
+        significance = self.weights.to(device)
+        final = self._final()
+        if final is not None:
+            start, unembedding = found["goal"], None
+            if self.index[final] == len(self.blocks) - 1 and self.writers[final].place == "":
+                unembedding = Unembedding.find(self.network, self.blocks, start, found["unembedding"])
+            if unembedding is not None:
+                gold, aim = self.gold.to(start.device), context[final]
+                if self.args.target == "nearest" and self.args.margin is not None:
+                    aim = nearest_on_the_way(unembedding, start, aim, gold, self.args.margin)
+                if self.args.margin is not None:
+                    aim = force(unembedding, aim, gold, self.args.margin)
+                target[final] = aim
+                counts = divergence(unembedding, aim, start)
+            else:
+                counts = self.divergences
+            if self.args.significance == "kl":
+                significance = significance * (_FLOOR + counts.to(device).clamp(max=_CEILING))
+        elif self.args.significance == "kl":
+            significance = significance * (_FLOOR + self.divergences.to(device).clamp(max=_CEILING))
+
+        taught, wanted = self._teach(walk, found, target, significance)
+
+        name = final or self.names[-1]
+        after = forward_pass(
+            self.network, self.bare, self.kept, {"goal": goals[name]}, head_inputs=predicted, on_logits=self._compare,
+            **self.options,
+        )  # fmt: skip
+        kl_after = float(self.divergences.mean())
+        self.tuner.taught[self.adapter] = taught
+        left = (target[name] - after["goal"]).norm() / wanted.clamp(min=torch.finfo(torch.float32).tiny)
+        return {
+            "taught_tokens": len(self.gold),
+            "kl_before": kl_before,
+            "kl_after": kl_after,
+            "residual_left": float(left),
+            "rank": self.tuner.peft_config[self.adapter].r,
+            "forward_passes": round(2 + walk.steps, 2),
+        }, self._unread()
+
+    def _teach(
+        self, walk: Walk, found: dict[str, Tensor], target: dict[str, Tensor], significance: Tensor
+    ) -> tuple[TaughtAdapter, Tensor]:
+        """Solve and install one module after the other. Returns the statistics and the norm of the change wanted."""
+        known = self._known()
+        tokens, chats = dict(known.tokens), None
+        writers = [name for name in self.names if self.writers[name].place is not None]
+        final = self._final()
+        wanted = torch.zeros(())
+        for number, name in enumerate(self.names):
+            if number:
+                walk.advance(self.index[name])
+                last = self.index[final] if final is not None and name in writers else self.index[name]
+                found = walk.look(last, self._points(name))
+            if final is not None and name in writers:
+                missing = target[final] - found["goal"]
+                share = missing / (len(writers) - writers.index(name))
+            else:
+                share = missing = target[name] - found["goal"]
+            if not number or name == (final or self.names[-1]):
+                wanted = missing.norm() if not number or final is None else wanted
+            residual = self._residual(name, found["output"], share)
+            before = self.tuner.delta(self.adapter, name)
+            if name in known.offset:
+                before = before + LowRankDelta(A=known.offset[name].A, B=-known.offset[name].B)
+            keys = found["keys"]
+            new = TaughtTokens(keys, residual.to(keys.device) + before(keys), significance.to(keys.device))
+            tokens[name] = known.tokens[name] + new if name in known.tokens else new
+            if self.preserved is not None:
+                if chats is None:
+                    begins = answer_starts(self.kept) + torch.tensor([example.header for example in self.examples])
+                    chats = _PreservedWalk(self, found["middle"][begins])
+                delta = self._solve(tokens[name], chats.keys(name))
+            else:
+                delta = minimum_norm(tokens[name].keys, tokens[name].residual, tokens[name].significance)
+            if name in known.offset:
+                delta = (delta + known.offset[name]).compressed()
+            self.tuner.install(self.adapter, {name: delta})
+        installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
+        return TaughtAdapter(tokens, known.offset, installed, known.facts + len(self.examples)), wanted
+
+    def _solve(self, tokens: TaughtTokens, preserved: Tensor) -> LowRankDelta:
+        """The change of one module, from everything it was taught and the keys that must keep their outputs."""
+        weights = nearness(preserved, tokens.keys, tokens.significance)
+        moment = SecondMoment(tokens.keys.shape[1]).update(preserved, weights)
+        strength = self.args.preserve_strength * float(tokens.significance.sum())
+        ridge = self.args.ridge * strength * moment.trace / moment.width
+        if self.args.solver == "null_space":
+            return null_space(tokens.keys, tokens.residual, moment, _NULL, ridge, tokens.significance)
+        tolerance = self.args.rank_tolerance if self.tuner.peft_config[self.adapter].grows else 0.0
+        return preserving(
+            tokens.keys, tokens.residual, moment, strength, ridge, tokens.significance, tolerance=tolerance
+        )
+
+    def _trace(self) -> dict[str, Writer]:
+        """How each target module reaches the stream; measured once for blocks of one kind."""
+        network, kinds, writers = self.network, {}, {}
+
+        def run(ids: Tensor) -> None:
+            network.get_decoder()(input_ids=ids, use_cache=False)
+
+        for name in self.names:
+            path, index, suffix = split_path(name)
+            block = network.get_submodule(f"{path}.{index}")
+            kind = (type(block), suffix, tuple(n for n, _ in block.named_modules() if "lora_" not in n))
+            if kind not in kinds:
+                with self.tuner.without_adapters():
+                    kinds[kind] = trace_writer(run, network, name, self.examples[0].bare_ids[:8])
+                if kinds[kind].norm is not None:
+                    logger.warning(
+                        f"{suffix} writes into the residual stream through {kinds[kind].norm}; what is taught there is "
+                        "approached as near as that norm allows (see `residual_left` in the metrics)"
+                    )
+            writers[name] = kinds[kind]
+        return writers
+
+    def _final(self) -> str | None:
+        """The module whose stream all others aim at, where the residual is spread."""
+        writers = [name for name in self.names if self.writers[name].place is not None]
+        return writers[-1] if writers and self.args.spread else None
+
+    def _goal(self, name: str) -> Point:
+        """Where the bare pass shall become like the context pass: the stream, or a non-writer's own output."""
+        writer = self.writers[name]
+        if writer.place is None:
+            return Point(self.layers[name], "output")
+        path, index, _ = split_path(name)
+        return Point(self.network.get_submodule(f"{path}.{index}").get_submodule(writer.place), writer.side)
+
+    def _points(self, name: str) -> dict[str, Point]:
+        """What a pass must keep for a module's solve."""
+        final = self._final()
+        aim = final if final is not None and self.writers[name].place is not None else name
+        layer: LoraLayer = self.layers[name]
+        return {"keys": Point(layer, "input"), "output": Point(layer, "output"), "goal": self._goal(aim)}
+
+    def _residual(self, name: str, output: Tensor, missing: Tensor) -> Tensor:
+        """What the module's outputs (n, d_out) must change by for the stream to change by `missing` (n, d_out)."""
+        writer = self.writers[name]
+        change = missing.to(output.device) / writer.multiplier
+        if writer.norm is None:
+            return change
+        path, index, _ = split_path(name)
+        norm = self.network.get_submodule(f"{path}.{index}").get_submodule(writer.norm)
+        gain = norm_gain(norm, output)
+        normed = gain * output / output.square().mean(1, keepdim=True).sqrt()
+        return aim_through_norm(gain, output, normed + change) - output
+
+    def _compare(self, order: Tensor, bare: Tensor, context: Tensor) -> None:
+        p, q = context.log_softmax(-1), bare.log_softmax(-1)
+        self.divergences[order] = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()
+        self.read[order] = context.argmax(-1).cpu()
+
+    def _unread(self) -> list[int]:
+        """The examples in which the context pass predicts another token than the completion's somewhere it counts."""
+        wrong = ((self.read != self.gold) & self.answered).split(self.kept)
+        return [i for i, part in enumerate(wrong) if bool(part.any())]
+
+    def _known(self) -> TaughtAdapter:
+        """What the adapter was taught; where its weights came from elsewhere, they are kept as an offset."""
+        known = self.tuner.taught.get(self.adapter, TaughtAdapter())
+        tokens, offset = dict(known.tokens), dict(known.offset)
+        for name in self.names:
+            present, ours = self.tuner.factors(self.adapter, name), known.installed.get(name)
+            same = ours is not None and all(
+                a.shape[i] <= b.shape[i] and _equal_but_padding(a, b.to(b.dtype), i)
+                for i, (b, a) in enumerate(zip(present, ours, strict=True))
+            )
+            if not same:
+                if name in tokens:
+                    logger.warning(
+                        f"the weights of {name} were changed since they were taught; they are kept and taught on"
+                    )
+                tokens.pop(name, None)
+                offset.pop(name, None)
+                if bool(present[0].any()) and bool(present[1].any()):
+                    offset[name] = self.tuner.delta(self.adapter, name)
+        return TaughtAdapter(tokens, offset, known.installed, known.facts)
+
+
+class _PreservedWalk:
+    """The preserved chats' keys at one module after the other.
+
+    The nearest chats' are measured again behind every edited block; the others' are those of the base weights.
+    """
+
+    def __init__(self, lesson: Lesson, taught: Tensor) -> None:
+        """`taught`: (examples, d_in), the examples' keys at the middle module where their answers begin."""
+        preserved, self.lesson = lesson.preserved, lesson
+        self.first, name = lesson.names[0], middle(lesson.names)
+        taught = taught.cpu()
+        starts = preserved.keys[name][answer_starts(preserved.kept)]
+        again = sorted(nearest(starts, taught, lesson.args.remeasure * len(lesson.examples)))
+        mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
+        mask[again] = True
+        self.still = ~mask[preserved.owners]
+        sequences, kept = [preserved.sequences[i] for i in again], [preserved.kept[i] for i in again]
+        if lesson.contrast is not None:
+            count = contrast_count(len(lesson.examples), len(lesson.contrast.kept))
+            prompts = {tuple(e.bare_ids[: len(e.bare_ids) - e.taught + e.header]) for e in lesson.examples}
+            for i in nearest(lesson.contrast.keys[name], taught, count):
+                ids, answer = lesson.contrast.sequences[i], lesson.contrast.kept[i]
+                if tuple(ids[: len(ids) - answer]) not in prompts:
+                    sequences.append(ids)
+                    kept.append(answer)
+        self.walk = None
+        if sequences:
+            options = {**lesson.options, "progress": lambda n: None}
+            index = lesson.index[self.first]
+            self.walk = Walk(lesson.network, lesson.blocks, index, sequences, kept, **options)
+            self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")})["keys"]
+
+    def keys(self, name: str) -> Tensor:
+        """(m, d_in) float32."""
+        lesson = self.lesson
+        cached = lesson.preserved.keys[name][self.still].float()
+        if self.walk is None:
+            return cached
+        if name != self.first:
+            self.walk.advance(lesson.index[name])
+            self.found = self.walk.look(self.walk.at, {"keys": Point(lesson.layers[name], "input")})["keys"]
+        return torch.cat([self.found, cached.to(self.found.device)])
+
+
+def middle(names: list[str]) -> str:
+    """The module at whose keys chats are compared: early enough to tell subjects, late enough to have read them."""
+    return names[len(names) // 2]
+
+
+def contrast_count(rows: int, pool: int) -> int:
+    """How many contrasting chats so many taught rows need: none for ten, where they cost paraphrases, then 12 a row."""
+    return min(pool // 3, 12 * max(0, rows - 10))
+
+
+def _equal_but_padding(ours: Tensor, present: Tensor, axis: int) -> bool:
+    """Whether `present` is `ours` with zeros behind it along an axis (the rank)."""
+    rank = ours.shape[axis]
+    same = present.narrow(axis, 0, rank)
+    rest = present.narrow(axis, rank, present.shape[axis] - rank)
+    return same.shape == ours.shape and torch.equal(same, ours.to(same)) and not bool(rest.any())

@@ -1,0 +1,115 @@
+"""Walking sequences through a model block by block, so that a change in one block costs only the blocks behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Batch, Point, capture, forward_pass
+
+
+class Walk:
+    """Sequences halted before a block.
+
+    The first pass is the model's own and notes what each block is called with besides the hidden state (masks, position
+    embeddings); from then on blocks are called one by one.
+
+    Args:
+        network: the transformers model.
+        blocks: its blocks.
+        first: the block to halt before.
+        sequences, kept, options: as in [`forward_pass`].
+    """
+
+    hidden: list[Tensor]
+    """A batch: (b, t, d), what goes into block `at`."""
+    at: int
+    """The block that comes next."""
+    steps: float
+    """How many blocks were run, in units of the model's depth."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        blocks: nn.ModuleList,
+        first: int,
+        sequences: Sequence[Sequence[int]],
+        kept: Sequence[int],
+        **options: Any,
+    ) -> None:
+        self.network, self.blocks, self.at = network, blocks, first
+        self.sequences, self.kept, self.options = sequences, kept, options
+        self.hidden = []
+        self.steps = 0.0
+        self._batches: list[Batch] = []
+        self._calls: list[list[tuple[tuple, dict]]] = []  # a batch, a block
+
+    @torch.no_grad()
+    def begin(self, points: Mapping[str, Point], **options: Any) -> dict[str, Tensor]:
+        """The first pass: keeps the points' activations as [`forward_pass`] does, and halts before the first block."""
+
+        def note(index: int):
+            def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                self._calls[-1].append((args[1:], rest))
+                if index == self.at:
+                    self.hidden.append(hidden)
+
+            return see
+
+        def new_batch(batch: Batch) -> None:
+            self._batches.append(batch)
+            self._calls.append([])
+
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                handle = block.register_forward_pre_hook(note(index), with_kwargs=True)
+                stack.callback(handle.remove)
+            found = forward_pass(
+                self.network,
+                self.sequences,
+                self.kept,
+                points,
+                on_batch=new_batch,
+                whole=True,
+                **self.options,
+                **options,
+            )
+        self.steps += 1
+        return found
+
+    @torch.no_grad()
+    def look(self, last: int, points: Mapping[str, Point]) -> dict[str, Tensor]:
+        """Run the blocks from `at` up to `last` and keep the points' activations: (n, d) each. Halts where it was."""
+        result: dict[str, Tensor] = {}
+        for number, batch in enumerate(self._batches):
+            found: dict[str, Tensor] = {}
+            with capture(points, batch, found, stop=True):
+                hidden = self.hidden[number]
+                for index in range(self.at, last + 1):
+                    hidden = self._call(index, number, hidden)
+            for name, values in found.items():
+                if name not in result:
+                    result[name] = values.new_empty(sum(self.kept), values.shape[1])
+                result[name][batch.order.to(values.device)] = values
+        self.steps += (last + 1 - self.at) / len(self.blocks)
+        return result
+
+    @torch.no_grad()
+    def advance(self, to: int) -> None:
+        """Go on to before block `to`."""
+        for number in range(len(self._batches)):
+            for index in range(self.at, to):
+                self.hidden[number] = self._call(index, number, self.hidden[number])
+        self.steps += (to - self.at) / len(self.blocks)
+        self.at = to
+
+    def _call(self, index: int, number: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self._calls[number][index]
+        output = self.blocks[index](hidden, *args, **kwargs)
+        return output if isinstance(output, Tensor) else output[0]
