@@ -1,10 +1,11 @@
 """QF beside its rivals on the tiny world: one table, JSON and a plot.
 
     pip install ".[examples]"
-    python examples/compare.py                                   # everything; about an hour and a half on two cores
+    python examples/compare.py                                   # everything; about an hour on two cores
     python examples/compare.py --facts 1 10 --seeds 0 --out /tmp/compare
 
-Every method is taught the same facts about companies that the model has not seen, and asked by free greedy generation:
+Every method is taught the same facts about companies that the model has not seen, and asked by free greedy generation
+(a run that was broken off goes on where it was):
 
 - recall: the taught question; paraphrase: four other phrasings; locality: known facts other than the preserved ones,
   still answered right; unknown: questions about companies nobody taught, still answered as before;
@@ -12,7 +13,7 @@ Every method is taught the same facts about companies that the model has not see
   writes itself) is timed apart, in `once`. Memory: the growth of the process's resident memory in the lesson.
 
 LoRA fine-tuning gets the learning rate and the number of steps, out of a small grid, that recall best and then keep
-best on a development seed; MEMIT's and AlphaEdit's rules (with QF's targets, through QFTrainer) their strength likewise.
+best on a development seed; MEMIT's and AlphaEdit's rules (with QF's targets, by QFTrainer) their strength likewise.
 """
 
 import argparse
@@ -41,6 +42,7 @@ import world  # noqa: E402
 
 METRICS = ("recall", "paraphrase", "locality", "unknown")
 DEVELOPMENT_SEED = 99
+CEILING = "in context (ceiling)"
 LAST = [7]  # the tiny model's last block, for the paper's single one
 
 
@@ -76,7 +78,7 @@ def preserve_set(seed, count=200):
     ]
 
 
-def probe_sets(seed, companies, preserved, count=100):
+def probe_sets(seed, companies, preserved, count):
     """Questions about known companies and about unknown ones, none of them preserved or taught."""
     r, known, unknown = random.Random(f"probes {seed}"), [], []
     while len(known) < count:
@@ -239,10 +241,14 @@ def methods(compare, facts):
 
 def run(options):
     compare = Comparison(options.out / "cache")
-    results = []
+    path = options.out / "compare.json"
+    results = json.loads(path.read_text()) if path.exists() else []
+    done = {(r["facts"], r["seed"], r["method"]) for r in results}
     for facts in options.facts:
-        chosen = {}
+        chosen = next((r["chosen"] for r in results if r["facts"] == facts), {})
         for name, candidates in methods(compare, facts).items():
+            if name in chosen:
+                continue
             if len(candidates) > 1 and facts <= options.grid_up_to:
                 rows, companies = teaching_set(facts, DEVELOPMENT_SEED)
                 kept = preserve_set(DEVELOPMENT_SEED)
@@ -254,13 +260,15 @@ def run(options):
                     print(f"  grid {facts} {name} {number}: {runs[-1][1]}", flush=True)
                 chosen[name] = choose(runs)
             elif len(candidates) > 1:  # the largest sizes take what was best at the size before
-                chosen[name] = results[-1]["chosen"][name]
+                chosen[name] = results[-1]["chosen"][name] if results else 0
             else:
                 chosen[name] = 0
         for seed, (name, candidates) in itertools.product(options.seeds, methods(compare, facts).items()):
+            if (facts, seed, name) in done:
+                continue
             rows, companies = teaching_set(facts, seed)
             kept = preserve_set(seed)
-            known, unknown = probe_sets(seed, companies, set(kept))
+            known, unknown = probe_sets(seed, companies, set(kept), options.probes)
             trainer, seconds, once, memory = candidates[chosen[name]](rows, kept)
             scores = compare.evaluate(trainer, known, unknown)
             results.append(
@@ -270,8 +278,9 @@ def run(options):
                 }
             )  # fmt: skip
             print(f"{facts:4d} facts, seed {seed}, {name:26s}" + _cells(results[-1:]), flush=True)
-            (options.out / "compare.json").write_text(json.dumps(results, indent=1))
-        in_context(compare, facts, options.seeds, results)
+            path.write_text(json.dumps(results, indent=1))
+        in_context(compare, facts, [s for s in options.seeds if (facts, s, CEILING) not in done], results)
+        path.write_text(json.dumps(results, indent=1))
     return results
 
 
@@ -280,14 +289,14 @@ def in_context(compare, facts, seeds, results):
     for seed in seeds:
         rows, companies = teaching_set(facts, seed)
         kept = preserve_set(seed)
-        known, unknown = probe_sets(seed, companies, set(kept))
+        known, unknown = probe_sets(seed, companies, set(kept), 1)
         trainer = compare.judge(compare.base(), rows)
         trainer.rows, trainer.dataset = trainer.rows[:60], trainer.dataset[:60]
         trainer.args.max_new_tokens = 40
-        found = trainer.evaluate(known[:1], unknown[:1])
+        found = trainer.evaluate(known, unknown)
         results.append(
             {
-                "facts": facts, "seed": seed, "method": "in context (ceiling)", "seconds": 0.0, "once": 0.0,
+                "facts": facts, "seed": seed, "method": CEILING, "seconds": 0.0, "once": 0.0,
                 "memory_mb": 0.0, "chosen": results[-1]["chosen"],
                 "recall": {"value": found["in_context"].value, "count": found["in_context"].count},
             }
@@ -342,7 +351,7 @@ def plot(results, path):
                     continue
                 means, halves = zip(*points, strict=True)
                 axis.errorbar(sizes, means, yerr=halves, marker="o", capsize=2, label=name, lw=1.4, ms=4)
-            elif not name.startswith("in context"):
+            elif name != CEILING:
                 means = [statistics.mean(r[metric] for r in runs if r["facts"] == n) for n in sizes]
                 axis.plot(sizes, means, marker="o", label=name, lw=1.4, ms=4)
         axis.set_xscale("log")
@@ -364,13 +373,13 @@ def main():
     parser.add_argument("--facts", type=int, nargs="+", default=[1, 10, 50, 200, 500])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--grid-up-to", type=int, default=50, help="beyond, what was best before is taken")
+    parser.add_argument("--probes", type=int, default=100, help="questions asked for locality, and for unknown")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="where JSON, plot and cache go")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     results = run(options)
-    (options.out / "compare.json").write_text(json.dumps(results, indent=1))
     (options.out / "compare.md").write_text(table(results) + "\n")
     print(table(results))
     plot(results, options.out / "compare.png")

@@ -175,7 +175,7 @@ class Lesson:
                 if chats is None:
                     begins = answer_starts(self.kept) + torch.tensor([example.header for example in self.examples])
                     chats = _PreservedWalk(self, found["middle"][begins])
-                delta = self._solve(tokens[name], chats.keys(name))
+                delta = self._solve(tokens[name], chats.keys(name), last=name == self.names[-1])
             else:
                 delta = minimum_norm(tokens[name].keys, tokens[name].residual, tokens[name].significance)
             if name in known.offset:
@@ -184,15 +184,20 @@ class Lesson:
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
         return TaughtAdapter(tokens, known.offset, installed, known.facts + len(self.examples)), wanted
 
-    def _solve(self, tokens: TaughtTokens, preserved: Tensor) -> LowRankDelta:
+    def _solve(self, tokens: TaughtTokens, preserved: Tensor, last: bool) -> LowRankDelta:
         """The change of one module, from everything it was taught and the keys that must keep their outputs."""
-        weights = nearness(preserved, tokens.keys, tokens.significance)
+        # A single module has one chance, so all that is preserved weighs alike; of several each moves a little, and
+        # what lies near the taught keys may weigh more.
+        near = 1 - 1 / len(self.names)
+        weights = near * nearness(preserved, tokens.keys, tokens.significance) + (1 - near) / len(preserved)
         moment = SecondMoment(tokens.keys.shape[1]).update(preserved, weights)
         strength = self.args.preserve_strength * float(tokens.significance.sum())
         ridge = self.args.ridge * strength * moment.trace / moment.width
         if self.args.solver == "null_space":
             return null_space(tokens.keys, tokens.residual, moment, _NULL, ridge, tokens.significance)
-        tolerance = self.args.rank_tolerance if self.tuner.peft_config[self.adapter].grows else 0.0
+        # The last module's loss would not be made up for by another.
+        capped = last or not self.tuner.peft_config[self.adapter].grows
+        tolerance = 0.0 if capped else self.args.rank_tolerance
         return preserving(
             tokens.keys, tokens.residual, moment, strength, ridge, tokens.significance, tolerance=tolerance
         )

@@ -33,6 +33,7 @@ class Unembedding:
     """What the model multiplies its logits by afterwards."""
 
     @classmethod
+    @torch.no_grad()
     def find(cls, network: nn.Module, blocks: nn.ModuleList, stream: Tensor, read: Tensor) -> Unembedding | None:
         """The unembedding of a network whose head reads `read` (n, d) where the last block gives `stream` (n, d).
 

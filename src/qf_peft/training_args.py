@@ -50,7 +50,7 @@ class QFTrainingArguments:
             the blocks before have moved them.
         rank_tolerance (`float`, defaults to 0.1):
             Where the adapter's rank may grow: how much of a change, in Frobenius norm, may be dropped with its smallest
-            singular values. Each later module makes up for what an earlier one dropped.
+            singular values. Each later module makes up for what an earlier one dropped; the last drops nothing.
         per_device_train_batch_size (`int`, defaults to 64):
             How many rows go through the model at once. It changes the speed and the memory, not the result.
         max_new_tokens (`int`, defaults to 256):
