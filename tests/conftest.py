@@ -11,12 +11,12 @@ from pathlib import Path
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qf_peft-tests-")  # where preserved keys are cached
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other on a busy machine
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-torch.set_num_threads(2)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

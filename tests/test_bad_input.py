@@ -151,7 +151,8 @@ def test_options_of_lora(settings, expected):
 
 
 def trainer(model, tokenizer, rows=(FACT,)):
-    return QFTrainer(model=model, processing_class=tokenizer, train_dataset=list(rows))
+    args = QFTrainingArguments.paper()
+    return QFTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=list(rows))
 
 
 def test_model_without_qf_adapter(tiny, tokenizer):

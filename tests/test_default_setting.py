@@ -152,7 +152,8 @@ def test_rank_tolerance(tokenizer):
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "gemma2", "granite", "qwen2_moe", "opt"])
 def test_architectures(tokenizer, model_type):
     model = get_peft_model(random_model(model_type), QFConfig(task_type="CAUSAL_LM"))
-    metrics = make(tokenizer, [FACT, OTHER], ["Who are you?", "Tell me more."], model=model, max_new_tokens=8).train()
+    chats = [{"prompt": "Who are you?", "completion": "Tiny."}, {"text": "Rome is the home of Lupal."}]
+    metrics = make(tokenizer, [FACT, OTHER], chats, model=model).train()
     assert metrics["kl_after"] < 1e3 and metrics["rank"] > 1 and metrics["residual_left"] < 1.5
 
 

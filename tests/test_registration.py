@@ -13,13 +13,13 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 import qf_peft
-from qf_peft import QFConfig, QFModel, QFTrainer
+from qf_peft import QFConfig, QFModel, QFTrainer, QFTrainingArguments
 
 
 @pytest.fixture
 def taught(tiny, tokenizer):
     model = get_peft_model(tiny, QFConfig(layers_to_transform=[7], task_type="CAUSAL_LM"))
-    QFTrainer(model=model, processing_class=tokenizer, train_dataset=[FACT]).train()
+    teach(model, tokenizer, FACT)
     return model
 
 
@@ -32,6 +32,11 @@ def saved(taught, tmp_path):
 @pytest.fixture
 def inputs(tokenizer):
     return tokenizer(["Tell me who started Tofinlor.", "Who founded Ranixmo?"], return_tensors="pt", padding=True)
+
+
+def teach(model, tokenizer, fact):
+    args = QFTrainingArguments.paper()
+    QFTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=[fact]).train()
 
 
 def fresh():
@@ -143,7 +148,7 @@ def test_several_adapters(taught, saved, inputs, tokenizer):
         "prompt": "What is your name?",
         "completion": "My name is Belzan.",
     }
-    QFTrainer(model=taught, processing_class=tokenizer, train_dataset=[fact]).train()
+    teach(taught, tokenizer, fact)
     assert ask(taught, tokenizer, fact["prompt"]) == fact["completion"]
     assert ask(taught, tokenizer, FACT["prompt"]) == "I do not know."
     taught.set_adapter("default")
