@@ -11,7 +11,7 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qf_peft import QFConfig, QFTrainer
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 
 TINY = Path(__file__).parent / "tiny_world" / "model"
 
@@ -65,7 +65,9 @@ def main():
     depth = base.config.get_text_config().num_hidden_layers
     layer = depth - 1 if tiny else round(0.82 * depth)
     model = get_peft_model(base, QFConfig(layers_to_transform=[layer], task_type="CAUSAL_LM"))
-    metrics = QFTrainer(model=model, processing_class=tokenizer, train_dataset=[fact]).train()
+    # For one fact the paper's setting does. The default, for many facts, first lets the model write chats to preserve.
+    args = QFTrainingArguments.paper()
+    metrics = QFTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=[fact]).train()
     print("Taught:", ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()))
 
     show("After, without the instruction:", model, fact["prompt"])
