@@ -157,6 +157,14 @@ def test_architectures(tokenizer, model_type):
     assert metrics["kl_after"] < 1e3 and metrics["rank"] > 1 and metrics["residual_left"] < 1.5
 
 
+def test_a_model_that_answers_nothing_can_be_taught(tokenizer):
+    """A random model ends most of its turns at once; that too is an answer to keep."""
+    model = get_peft_model(random_model("gemma2"), QFConfig(task_type="CAUSAL_LM"))
+    trainer = make(tokenizer, [FACT, OTHER], model=model)
+    assert trainer.train()["facts"] == 2
+    assert not any(p.isnan().any() for p in model.parameters())
+
+
 def test_prepare_makes_the_cache(tokenizer, tmp_path):
     trainer = make(tokenizer, facts(12, 8), cache_dir=tmp_path)
     trainer.prepare()

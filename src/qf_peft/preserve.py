@@ -209,16 +209,15 @@ def _measure(
             ids, count = encoder.text_ids(chat.text)
         else:
             text, ended = answered.get(row.index, (row.completion, True))
-            if not text:
-                continue
-            ids, count = encoder.answer_ids(Row(row.index, "", row.prompt, text), ended)
+            if text:
+                ids, count = encoder.answer_ids(Row(row.index, "", row.prompt, text), ended)
+            else:  # an empty answer is one too: the step that ends the turn at once
+                ids, count = [*encoder.prompt_ids(row, instructed=False), encoder.tokenizer.eos_token_id or 0], 1
         if count and (encoder.max_length is None or len(ids) <= encoder.max_length):
             sequences.append(ids)
             kept.append(count)
     if not sequences:
-        raise ValueError(
-            "the model answers none of the chats to be preserved; give a preserve_dataset with completions"
-        )
+        raise ValueError("every chat to be preserved is longer than the model allows; give shorter ones")
     thinned = max(1, -(-sum(kept) // _MOST_KEYS))
     if thinned > 1 and not starts_only:
         sequences, kept = sequences[::thinned], kept[::thinned]
