@@ -165,6 +165,14 @@ def test_a_model_that_answers_nothing_can_be_taught(tokenizer):
     assert not any(p.isnan().any() for p in model.parameters())
 
 
+def test_inner_modules_beside_writers(tokenizer):
+    """The first module need not write into the stream for the last to be forced."""
+    model = get_peft_model(base(), QFConfig(target_modules=["up_proj", "down_proj"], layers_to_transform=[6, 7]))
+    trainer = make(tokenizer, [FACT], model=model)
+    assert trainer.train()["residual_left"] < 1.5
+    assert ask(model, tokenizer, FACT["prompt"]) == FACT["completion"]
+
+
 def test_prepare_makes_the_cache(tokenizer, tmp_path):
     trainer = make(tokenizer, facts(12, 8), cache_dir=tmp_path)
     trainer.prepare()

@@ -94,9 +94,15 @@ class Lesson:
         predicted = context.pop("unembedding")
 
         walk = Walk(self.network, self.blocks, self.index[self.names[0]], self.bare, self.kept, **self.options)
+        final = self._final()
         centre = Point(self.layers[middle(self.names)], "input")
         found = walk.begin(
-            {**self._points(self.names[0]), "unembedding": head, "middle": centre},
+            {
+                **self._points(self.names[0]),
+                "unembedding": head,
+                "middle": centre,
+                "final": goals[final or self.names[-1]],
+            },
             head_inputs=predicted,
             on_logits=self._compare,
         )
@@ -104,9 +110,8 @@ class Lesson:
         device = found["keys"].device
         target = {name: context[name] for name in self.names}
         significance = self.weights.to(device)
-        final = self._final()
         if final is not None:
-            start, unembedding = found["goal"], None
+            start, unembedding = found["final"], None
             if self.index[final] == len(self.blocks) - 1 and self.writers[final].place == "":
                 unembedding = Unembedding.find(self.network, self.blocks, start, found["unembedding"])
             if unembedding is not None:
@@ -162,8 +167,8 @@ class Lesson:
                 share = missing / (len(writers) - writers.index(name))
             else:
                 share = missing = target[name] - found["goal"]
-            if not number or name == (final or self.names[-1]):
-                wanted = missing.norm() if not number or final is None else wanted
+            if name == (writers[0] if final is not None else self.names[-1]):
+                wanted = missing.norm()
             residual = self._residual(name, found["output"], share)
             before = self.tuner.delta(self.adapter, name)
             if name in known.offset:
@@ -273,7 +278,7 @@ class Lesson:
         for name in self.names:
             present, ours = self.tuner.factors(self.adapter, name), known.installed.get(name)
             same = ours is not None and all(
-                a.shape[i] <= b.shape[i] and _equal_but_padding(a, b.to(b.dtype), i)
+                a.shape[i] <= b.shape[i] and _equal_but_padding(a, b, i)
                 for i, (b, a) in enumerate(zip(present, ours, strict=True))
             )
             if not same:
