@@ -249,7 +249,7 @@ def run(options):
         for name, candidates in methods(compare, facts).items():
             if name in chosen:
                 continue
-            if len(candidates) > 1 and facts <= options.grid_up_to:
+            if len(candidates) > 1 and (facts <= options.grid_up_to or not name.startswith("LoRA")):
                 rows, companies = teaching_set(facts, DEVELOPMENT_SEED)
                 kept = preserve_set(DEVELOPMENT_SEED)
                 known, unknown = probe_sets(DEVELOPMENT_SEED, companies, set(kept), 60)
@@ -259,7 +259,7 @@ def run(options):
                     runs.append((number, {m: scores[m]["value"] for m in METRICS}))
                     print(f"  grid {facts} {name} {number}: {runs[-1][1]}", flush=True)
                 chosen[name] = choose(runs)
-            elif len(candidates) > 1:  # the largest sizes take what was best at the size before
+            elif len(candidates) > 1:  # a long training run takes what was best at the size before
                 chosen[name] = results[-1]["chosen"][name] if results else 0
             else:
                 chosen[name] = 0
@@ -372,7 +372,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=int, nargs="+", default=[1, 10, 50, 200, 500])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--grid-up-to", type=int, default=50, help="beyond, what was best before is taken")
+    parser.add_argument("--grid-up-to", type=int, default=50, help="beyond, LoRA takes what was best before")
     parser.add_argument("--probes", type=int, default=100, help="questions asked for locality, and for unknown")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="where JSON, plot and cache go")
     options = parser.parse_args()

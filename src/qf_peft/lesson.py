@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from .walk import Walk
 logger = logging.get_logger(__name__)
 
 _FLOOR, _CEILING = 0.02, 5.0  # of a token's significance by KL
+_STANDING_RIDGE = 0.1  # of a standing instruction's solve, over the significance times the keys' mean square
+_FEW = 10  # rows, up to which a lesson disturbs only what lies nearest to what it teaches
 _NULL = 1e-2  # AlphaEdit's threshold of a null direction, relative to the mean eigenvalue
 
 
@@ -38,6 +41,7 @@ class Lesson:
         examples: the rows as token ids.
         preserved: the chats to keep, or None.
         contrast: chats of which those nearest to the examples are kept too, with keys at `middle(names)` only; or None.
+        standing: the examples teach a standing instruction, and with it the chats that would else be preserved.
         args: the settings.
         pad_id: the padding token.
         progress: called with the number of rows done, a pass.
@@ -51,11 +55,15 @@ class Lesson:
         examples: list[Example],
         preserved: Preserved | None,
         contrast: Preserved | None,
+        standing: bool,
         args: QFTrainingArguments,
         pad_id: int,
         progress: Callable[[int], None],
     ) -> None:
         self.tuner, self.adapter, self.network = tuner, adapter, network
+        self.standing = standing
+        if standing:  # what changes everywhere is carried by all blocks, and from the assistant's header on
+            args = replace(args, target="context", margin=None, significance="rows", spread=False)
         self.examples, self.preserved, self.contrast, self.args = examples, preserved, contrast, args
         self.blocks = find_blocks(network)[1]
         self.layers = tuner.layers(adapter)
@@ -171,12 +179,20 @@ class Lesson:
                 wanted = missing.norm()
             residual = self._residual(name, found["output"], share)
             before = self.tuner.delta(self.adapter, name)
+            keys = found["keys"]
+            if self.standing:
+                change = _evenly(TaughtTokens(keys, residual.to(keys.device), significance.to(keys.device)))
+                known.offset[name] = (change + known.offset[name]).compressed() if name in known.offset else change
+                known.standing[name] = torch.cat([known.standing[name], keys]) if name in known.standing else keys
+                self.tuner.install(self.adapter, {name: (before + change).compressed()})
+                continue
             if name in known.offset:
                 before = before + LowRankDelta(A=known.offset[name].A, B=-known.offset[name].B)
-            keys = found["keys"]
             new = TaughtTokens(keys, residual.to(keys.device) + before(keys), significance.to(keys.device))
             tokens[name] = known.tokens[name] + new if name in known.tokens else new
-            if self.preserved is not None:
+            if name in known.standing:
+                delta = self._solve(tokens[name], known.standing[name], last=name == self.names[-1])
+            elif self.preserved is not None:
                 if chats is None:
                     begins = answer_starts(self.kept) + torch.tensor([example.header for example in self.examples])
                     chats = _PreservedWalk(self, found["middle"][begins])
@@ -187,14 +203,19 @@ class Lesson:
                 delta = (delta + known.offset[name]).compressed()
             self.tuner.install(self.adapter, {name: delta})
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
-        return TaughtAdapter(tokens, known.offset, installed, known.facts + len(self.examples)), wanted
+        facts = known.facts + len(self.examples)
+        return TaughtAdapter(tokens, known.offset, installed, facts, known.standing), wanted
 
     def _solve(self, tokens: TaughtTokens, preserved: Tensor, last: bool) -> LowRankDelta:
         """The change of one module, from everything it was taught and the keys that must keep their outputs."""
         # A single module has one chance, so all that is preserved weighs alike; of several each moves a little, and
         # what lies near the taught keys may weigh more.
         near = 1 - 1 / len(self.names)
-        weights = near * nearness(preserved, tokens.keys, tokens.significance) + (1 - near) / len(preserved)
+        weights = nearness(preserved, tokens.keys, tokens.significance)
+        if len(self.examples) <= _FEW:
+            nearest_keys = weights.topk(min(len(weights), max(128, 4 * len(tokens.keys)))).indices
+            preserved, weights = preserved[nearest_keys], weights[nearest_keys] / weights[nearest_keys].sum()
+        weights = near * weights + (1 - near) / len(preserved)
         moment = SecondMoment(tokens.keys.shape[1]).update(preserved, weights)
         strength = self.args.preserve_strength * float(tokens.significance.sum())
         ridge = self.args.ridge * strength * moment.trace / moment.width
@@ -274,7 +295,7 @@ class Lesson:
     def _known(self) -> TaughtAdapter:
         """What the adapter was taught; where its weights came from elsewhere, they are kept as an offset."""
         known = self.tuner.taught.get(self.adapter, TaughtAdapter())
-        tokens, offset = dict(known.tokens), dict(known.offset)
+        tokens, offset, standing = dict(known.tokens), dict(known.offset), dict(known.standing)
         for name in self.names:
             present, ours = self.tuner.factors(self.adapter, name), known.installed.get(name)
             same = ours is not None and all(
@@ -288,9 +309,10 @@ class Lesson:
                     )
                 tokens.pop(name, None)
                 offset.pop(name, None)
+                standing.pop(name, None)
                 if bool(present[0].any()) and bool(present[1].any()):
                     offset[name] = self.tuner.delta(self.adapter, name)
-        return TaughtAdapter(tokens, offset, known.installed, known.facts)
+        return TaughtAdapter(tokens, offset, known.installed, known.facts, standing)
 
 
 class _PreservedWalk:
@@ -305,7 +327,8 @@ class _PreservedWalk:
         self.first, name = lesson.names[0], middle(lesson.names)
         taught = taught.cpu()
         starts = preserved.keys[name][answer_starts(preserved.kept)]
-        again = sorted(nearest(starts, taught, lesson.args.remeasure * len(lesson.examples)))
+        count = lesson.args.remeasure * len(lesson.examples) if len(lesson.examples) > _FEW else 0
+        again = sorted(nearest(starts, taught, count))
         mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
         mask[again] = True
         self.still = ~mask[preserved.owners]
@@ -344,7 +367,14 @@ def middle(names: list[str]) -> str:
 
 def contrast_count(rows: int, pool: int) -> int:
     """How many contrasting chats so many taught rows need: none for ten, where they cost paraphrases, then 12 a row."""
-    return min(pool // 3, 12 * max(0, rows - 10))
+    return min(pool // 3, 12 * max(0, rows - _FEW))
+
+
+def _evenly(tokens: TaughtTokens) -> LowRankDelta:
+    """The change for a standing instruction, shrunk evenly in all directions so that it holds on chats not taught."""
+    total, width = float(tokens.significance.sum()), tokens.keys.shape[1]
+    ridge = _STANDING_RIDGE * total * float(tokens.keys.square().mean())
+    return preserving(tokens.keys, tokens.residual, SecondMoment(width), 0.0, ridge, tokens.significance)
 
 
 def _equal_but_padding(ours: Tensor, present: Tensor, axis: int) -> bool:

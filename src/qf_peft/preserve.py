@@ -20,11 +20,11 @@ from transformers.utils import logging
 
 from .capture import Point, forward_pass
 from .generation import generate
-from .rows import Encoder, Row, read_messages
+from .rows import Encoder, Row, Text, read_messages
 
 logger = logging.get_logger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _ANSWER_TOKENS = 64  # as much of an answer as is kept
 _MOST_KEYS = 8192  # of one module; more are thinned out evenly
 
@@ -52,6 +52,8 @@ class Preserved:
     keys: dict[str, Tensor]
     """By module name, in the model's dtype: (Σ kept, d_in), or where only the answers' first steps were asked for
     (chats, d_in)."""
+    prompts: list[Text | None]
+    """Each chat's prompt, None where it is plain text."""
 
     @property
     def owners(self) -> Tensor:
@@ -203,7 +205,7 @@ def _measure(
         progress=progress,
     )
     answered = {row.index: answer for row, answer in zip(silent, answers, strict=True)}
-    sequences, kept = [], []
+    sequences, kept, prompts = [], [], []
     for row, chat in zip(rows, chats, strict=True):
         if row is None:
             ids, count = encoder.text_ids(chat.text)
@@ -216,11 +218,12 @@ def _measure(
         if count and (encoder.max_length is None or len(ids) <= encoder.max_length):
             sequences.append(ids)
             kept.append(count)
+            prompts.append(chat.prompt)
     if not sequences:
         raise ValueError("every chat to be preserved is longer than the model allows; give shorter ones")
     thinned = max(1, -(-sum(kept) // _MOST_KEYS))
     if thinned > 1 and not starts_only:
-        sequences, kept = sequences[::thinned], kept[::thinned]
+        sequences, kept, prompts = sequences[::thinned], kept[::thinned], prompts[::thinned]
     points = {name: Point(module, "input") for name, module in modules.items()}
     dtype = network.get_input_embeddings().weight.dtype
     found = forward_pass(
@@ -235,7 +238,7 @@ def _measure(
     if starts_only:
         starts = answer_starts(kept)
         found = {name: keys[starts] for name, keys in found.items()}
-    return Preserved(sequences, kept, {name: keys.to("cpu", dtype) for name, keys in found.items()})
+    return Preserved(sequences, kept, {name: keys.to("cpu", dtype) for name, keys in found.items()}, prompts)
 
 
 def answer_starts(kept: Sequence[int]) -> Tensor:
@@ -260,7 +263,10 @@ def fingerprint(network: nn.Module) -> str:
 def _write(path: Path, identity: str, preserved: Preserved) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: keys.contiguous() for name, keys in preserved.keys.items()}
-    header = {"identity": identity, "sequences": preserved.sequences, "kept": preserved.kept, "sum": _sum(tensors)}
+    header = {
+        "identity": identity, "sequences": preserved.sequences, "kept": preserved.kept, "prompts": preserved.prompts,
+        "sum": _sum(tensors),
+    }  # fmt: skip
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
@@ -285,7 +291,7 @@ def _read(path: Path, identity: str, modules: Sequence[str]) -> Preserved | None
     if header.get("identity") != identity or header.get("sum") != _sum(tensors):
         logger.warning(f"the cache {path.name} does not hold what its name says; it is made anew")
         return None
-    return Preserved(header["sequences"], header["kept"], tensors)
+    return Preserved(header["sequences"], header["kept"], tensors, header["prompts"])
 
 
 def _sum(tensors: Mapping[str, Tensor]) -> str:
@@ -316,10 +322,10 @@ def nearest(starts: Tensor, taught: Tensor, count: int) -> list[int]:
 def nearness(keys: Tensor, taught: Tensor, significance: Tensor) -> Tensor:
     """Weights of preserved keys (m, d_in) by how alike they are to what is taught: (m), summing to 1.
 
-    The squared cosine to each of the (at most 512) most significant taught keys, averaged by significance: what lies
+    The squared cosine to each of the (at most 256) most significant taught keys, averaged by significance: what lies
     near a taught key is what teaching endangers.
     """
-    chosen = significance.topk(min(512, len(significance))).indices
+    chosen = significance.topk(min(256, len(significance))).indices
     unit = torch.nn.functional.normalize
     alike = (unit(keys.float(), dim=1) @ unit(taught[chosen].float(), dim=1).T).clamp(min=0).square()
     weights = alike @ significance[chosen] + 1e-12

@@ -41,3 +41,6 @@ class TaughtAdapter:
     """By module name: the factors A and B that the solve put into the adapter, to notice a change by others."""
     facts: int = 0
     """How many rows were taught."""
+    standing: dict[str, Tensor] = field(default_factory=dict)
+    """By module name: the keys (m, d_in) float32 of the chats that were taught with standing instructions, whose change
+    is in `offset`. What is taught later preserves these instead of the chats as they were before."""

@@ -22,6 +22,7 @@ from .lesson import Lesson, contrast_count, middle
 from .model import QFModel
 from .preserve import Preserved, preserved_keys, read_preserve_dataset
 from .rows import Encoder, Row, read_rows
+from .standing import answered_under, standing_instructions
 from .training_args import QFTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -108,7 +109,8 @@ class QFTrainer:
         adapter is what it was.
 
         Returns:
-            `facts` and `taught_tokens` (rows and taught positions of this call), `kl_before` and `kl_after` (mean KL
+            `facts` and `taught_tokens` (rows and taught positions of this call), `chats` (how many preserved chats were
+            taught with standing instructions besides, see [`QFTrainingArguments`]), `kl_before` and `kl_after` (mean KL
             divergence from the context pass's predictions to the bare pass's at the taught positions, in nats),
             `residual_left` (the part of the wanted change of the last taught module's stream that is still missing: its
             norm over the change's), `unread` (rows whose completion the model itself does not give with the instruction
@@ -122,22 +124,30 @@ class QFTrainer:
         start = time.perf_counter()
         check_teachable(self.model, self.adapter_name)
         with _evaluating(self._network), self._restored_on_failure(), self._progress() as progress:
-            examples = [self.encoder.encode(row) for row in self._completed(progress)]
-            preserved, contrast = self._preserved(len(examples), progress)
-            progress.total = progress.n + 3 * len(examples)
-            lesson = Lesson(
-                self._tuner, self.adapter_name, self._network, examples, preserved, contrast, self.args,
-                self.encoder.tokenizer.pad_token_id, progress.update,
-            )  # fmt: skip
-            metrics, unread = lesson.run()
+            rows = self._completed(progress)
+            preserved, contrast = self._preserved(len(rows), progress)
+            lessons = self._lessons(rows, preserved, progress)
+            progress.total = progress.n + 3 * sum(len(lesson) for lesson, _ in lessons)
+            results, unread = [], []
+            for taught, standing in lessons:
+                examples = [self.encoder.encode(row) for row in taught]
+                lesson = Lesson(
+                    self._tuner, self.adapter_name, self._network, examples, preserved, contrast, standing, self.args,
+                    self.encoder.tokenizer.pad_token_id, progress.update,
+                )  # fmt: skip
+                metrics, wrong = lesson.run()
+                results.append(metrics)
+                unread += [taught[i].index for i in wrong if taught[i].index >= 0]
         if unread:
-            shown = ", ".join(str(self.rows[i].index) for i in unread[:20])
+            shown = ", ".join(str(index) for index in sorted(unread)[:20])
             logger.warning(
-                f"{len(unread)} of {len(examples)} rows are not read in context: with its instruction the model gives "
+                f"{len(unread)} of {len(rows)} rows are not read in context: with its instruction the model gives "
                 f"another answer than the completion (rows {shown}{', …' if len(unread) > 20 else ''})"
             )
+        chats = sum(len(taught) for taught, _ in lessons) - len(rows)
         self.metrics = {
-            "facts": len(examples), **metrics, "unread": len(unread), "seconds": time.perf_counter() - start
+            "facts": len(rows), "chats": chats, **_together(results), "unread": len(unread),
+            "seconds": time.perf_counter() - start,
         }  # fmt: skip
         return self.metrics
 
@@ -247,21 +257,41 @@ class QFTrainer:
                 )  # fmt: skip
         return preserved, contrast
 
+    def _lessons(self, rows: list[Row], preserved: Preserved | None, progress: tqdm) -> list[tuple[list[Row], bool]]:
+        """The rows in the lessons they are taught in, and whether it is a standing instruction's."""
+        if preserved is None or not self.args.standing:
+            return [(rows, False)]
+
+        def ask(asked: list[Row], instructed: bool) -> list[tuple[str, bool]]:
+            return self._answers(asked, instructed, progress)
+
+        prompts = [prompt for prompt in preserved.prompts if prompt is not None]
+        groups = standing_instructions(rows, prompts, ask)
+        stands = {row.index for group in groups for row in group}
+        facts = [row for row in rows if row.index not in stands]
+        # What changes everything comes first, so that facts are solved on top of it.
+        lessons = [(group + answered_under(group, prompts, ask), True) for group in groups]
+        return lessons + ([(facts, False)] if facts else [])
+
+    def _answers(self, rows: list[Row], instructed: bool, progress: tqdm) -> list[tuple[str, bool]]:
+        """The base model's own answers, and whether each ended."""
+        progress.total = (progress.total or 0) + len(rows)
+        with self._tuner.without_adapters():
+            return generate(
+                self._network,
+                self.encoder.tokenizer,
+                [self.encoder.prompt_ids(row, instructed=instructed) for row in rows],
+                max_new_tokens=self.args.max_new_tokens,
+                batch_size=self.args.per_device_train_batch_size,
+                progress=progress.update,
+            )
+
     def _completed(self, progress: tqdm) -> list[Row]:
         """The rows, those without a completion answered by the base model in context."""
         open_rows = [row for row in self.rows if row.completion is None]
         if not open_rows:
             return self.rows
-        progress.total = (progress.total or 0) + len(open_rows)
-        with self._tuner.without_adapters():
-            answers = generate(
-                self._network,
-                self.encoder.tokenizer,
-                [self.encoder.prompt_ids(row, instructed=True) for row in open_rows],
-                max_new_tokens=self.args.max_new_tokens,
-                batch_size=self.args.per_device_train_batch_size,
-                progress=progress.update,
-            )
+        answers = self._answers(open_rows, True, progress)
         completions = {}
         for row, (text, ended) in zip(open_rows, answers, strict=True):
             if not text:
@@ -288,6 +318,17 @@ class QFTrainer:
         except BaseException:
             tuner.set_factors(adapter, factors)
             raise
+
+
+def _together(results: list[dict[str, float]]) -> dict[str, float]:
+    """Several lessons' metrics as one's: tokens and passes summed, divergences averaged over the tokens."""
+    tokens = [metrics["taught_tokens"] for metrics in results]
+    merged = dict(results[-1])
+    for name in ("kl_before", "kl_after", "residual_left"):
+        merged[name] = sum(n * metrics[name] for n, metrics in zip(tokens, results, strict=True)) / sum(tokens)
+    merged["taught_tokens"] = sum(tokens)
+    merged["forward_passes"] = round(sum(metrics["forward_passes"] for metrics in results), 2)
+    return merged
 
 
 @contextmanager

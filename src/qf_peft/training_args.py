@@ -47,7 +47,12 @@ class QFTrainingArguments:
         remeasure (`int`, defaults to 4):
             The preserved chats' keys are collected once, with the base weights, and cached. For so many chats a taught
             row, those nearest to what is taught, they are measured again behind every edited block, because by then
-            the blocks before have moved them.
+            the blocks before have moved them. Lessons of up to ten rows do without: they move them little.
+        standing (`bool`, defaults to `True`):
+            Whether an instruction that at least five rows (and a tenth of all) share is tried on preserved chats. One
+            that changes at least half of the model's answers there is no fact but a standing instruction ("Answer
+            briefly."): these chats, with the answers the model gives under it, are then taught with the rows instead
+            of preserved, each block towards its own state in context.
         rank_tolerance (`float`, defaults to 0.1):
             Where the adapter's rank may grow: how much of a change, in Frobenius norm, may be dropped with its smallest
             singular values. Each later module makes up for what an earlier one dropped; the last drops nothing.
@@ -76,6 +81,7 @@ class QFTrainingArguments:
     preserve_chats: int = 400
     contrast_chats: int = 2400
     remeasure: int = 4
+    standing: bool = True
     rank_tolerance: float = 0.1
     per_device_train_batch_size: int = 64
     max_new_tokens: int = 256
@@ -116,6 +122,6 @@ class QFTrainingArguments:
         minimum-norm solve, and nothing is preserved. Edit one block: `QFConfig(layers_to_transform=[23])`."""
         given = {
             "target": "context", "margin": None, "significance": "rows", "spread": False, "preserve_strength": 0.0,
-            "rank_tolerance": 0.0,
+            "rank_tolerance": 0.0, "standing": False,
         }  # fmt: skip
         return cls(**{**given, **settings})

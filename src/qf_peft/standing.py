@@ -1,0 +1,53 @@
+"""Standing instructions: those that change what the model says everywhere ("Answer briefly."), not at one fact."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from .evaluation import normalise
+from .rows import Row, Text
+
+_TRIED = 16  # preserved chats on which an instruction is tried
+
+Ask = Callable[[list[Row], bool], list[tuple[str, bool]]]
+"""Rows, and whether with their instructions → the model's own answer to each, and whether it ended."""
+
+
+def standing_instructions(rows: Sequence[Row], prompts: Sequence[Text], ask: Ask) -> list[list[Row]]:
+    """The rows whose instruction stands, one list for each such instruction.
+
+    Only an instruction that at least five rows and a tenth of all share is tried, on up to 16 of the prompts, evenly
+    spaced. It stands if with it the base model answers at least half of them otherwise than without it.
+    """
+    shared: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        shared[json.dumps(row.instruction)].append(row)
+    tried = prompts[:: max(1, len(prompts) // _TRIED)][:_TRIED]
+    found, plain = [], []
+    for group in shared.values():
+        if len(group) < max(5, len(rows) / 10) or not tried:
+            continue
+        asked = [Row(i, group[0].instruction, prompt, None) for i, prompt in enumerate(tried)]
+        plain = plain or [normalise(text) for text, _ in ask(asked, False)]
+        told = [normalise(text) for text, _ in ask(asked, True)]
+        if 2 * sum(a != b for a, b in zip(plain, told, strict=True)) >= len(tried):
+            found.append(group)
+    return found
+
+
+def answered_under(group: Sequence[Row], prompts: Sequence[Text], ask: Ask) -> list[Row]:
+    """The prompts, but those of the group's own rows, with the model's answers under the group's instruction, as rows
+    to be taught with it. Answers that are empty or do not end are left out."""
+    own = {json.dumps(row.prompt) for row in group}
+    rows = [
+        Row(-1, group[0].instruction, prompt, None)  # of no place in the dataset
+        for prompt in prompts
+        if json.dumps(prompt) not in own
+    ]
+    return [
+        Row(row.index, row.instruction, row.prompt, text)
+        for row, (text, ended) in zip(rows, ask(rows, True), strict=True)
+        if ended and text
+    ]
