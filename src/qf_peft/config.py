@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from peft import LoraConfig, PeftType
 
+from .loading import refuse_pickles
 from .registration import NAME, add_peft_type
 
 add_peft_type(NAME)
@@ -70,7 +72,19 @@ class QFConfig(LoraConfig):
     inference_mode: bool = field(default=True, metadata={"help": "Whether the adapter's parameters are frozen."})
     grows: bool | None = field(default=None, metadata={"help": "Whether `r` grows with what is taught."})
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Load an adapter's configuration from a folder or the Hub, as [`PeftConfig.from_pretrained`] does.
+
+        Raises:
+            ValueError: there is none, an option is none of QF's, or the weights beside it are a pickle only.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        refuse_pickles(pretrained_model_name_or_path, subfolder, **kwargs)
+        return config
+
     def __post_init__(self) -> None:
+        self._check_types()
         if self.grows is None:
             self.grows = self.r is None
         if self.r is None:
@@ -99,3 +113,21 @@ class QFConfig(LoraConfig):
             raise ValueError(
                 f"QFConfig: init_lora_weights={self.init_lora_weights!r}; a QF adapter starts at zero: leave it out"
             )
+
+    def _check_types(self) -> None:
+        """Options come from files too, where anything may stand; what is used further on must be what it should be."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            many = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value)
+            if not (value is None or isinstance(value, str) or many):
+                raise ValueError(f"QFConfig: {name}={value!r}; expected a string or a list of strings")
+        layers = self.layers_to_transform
+        for index in layers if isinstance(layers, (list, tuple, set, range)) else [layers]:
+            if index is not None and (not isinstance(index, int) or isinstance(index, bool)):
+                raise ValueError(f"QFConfig: layers_to_transform={layers!r}; expected an integer or a list of such")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected a string")
+        for name in ("grows", "fan_in_fan_out", "inference_mode"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected true or false")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .blocks import base_layer, find_blocks, linear_shape, mlp_ends, split_path
 from .config import QFConfig
+from .loading import fit, hub_id, put_factors
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
+
+logger = logging.get_logger(__name__)
 
 
 class QFModel(LoraModel):
@@ -26,6 +31,7 @@ class QFModel(LoraModel):
     """
 
     taught: dict[str, TaughtAdapter]
+    _combining = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,17 +42,37 @@ class QFModel(LoraModel):
             peft_config.target_modules = mlp_ends(self.model)
         targets = _check_targets(self.model, peft_config)
         peft_config.fan_in_fan_out = all(type(base_layer(target)).__name__ == "Conv1D" for target in targets)
+        # No change of these modules needs a higher rank; only adapters put side by side have one.
+        self._highest_rank = max(min(linear_shape(target)) for target in targets)
+        _warn_of_another_base(self.model, peft_config)
         return peft_config
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if lora_config.r > self._highest_rank and not self._combining:
+            # A stranger's configuration may name any rank: memory is taken once the file shows that much (see `fit`).
+            lora_config = copy(lora_config)
+            lora_config.r = lora_config.lora_alpha = 1
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = parent.get_submodule(target_name)
         weight = layer.lora_A[adapter_name].weight
         if weight.device.type != "meta":
             weight.data.zero_()
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        fit(model, config, adapter_name, tensors)
+        return tensors
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave the factors in the base model's dtype: PEFT raises them to float32 for an optimizer's sake only."""
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._combining = True
+        try:
+            super().add_weighted_adapter(*args, **kwargs)
+        finally:
+            self._combining = False
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -95,13 +121,8 @@ class QFModel(LoraModel):
         """Replace the factors of every module of an adapter by those given, all of one rank."""
         layers = self.layers(adapter_name)
         for name, (a, b) in factors.items():
-            layer, rank = layers[name], a.shape[0]
-            for part, weight in ((layer.lora_A[adapter_name], a), (layer.lora_B[adapter_name], b)):
-                part.weight = nn.Parameter(weight, part.weight.requires_grad)
-            layer.lora_A[adapter_name].out_features = layer.lora_B[adapter_name].in_features = rank
-            layer.r[adapter_name] = layer.lora_alpha[adapter_name] = rank
-            layer.scaling[adapter_name] = 1.0
-            self.peft_config[adapter_name].r = self.peft_config[adapter_name].lora_alpha = rank
+            put_factors(layers[name], adapter_name, a, b)
+            self.peft_config[adapter_name].r = self.peft_config[adapter_name].lora_alpha = a.shape[0]
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
@@ -156,3 +177,13 @@ def _check_targets(model: nn.Module, config: QFConfig) -> list[nn.Module]:
                 f"{present[0]} to {present[-1]}"
             )
     return [names[name] for name in targets]
+
+
+def _warn_of_another_base(model: nn.Module, config: QFConfig) -> None:
+    """Say so if the adapter names another model of the Hub than the one it is put into."""
+    made_for, present = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    if made_for != present and hub_id(made_for) and hub_id(present):
+        logger.warning(
+            f"the adapter was made for {made_for!r} and is put into {present!r}; what it was taught holds only for "
+            "weights that (nearly) equal those it was made for"
+        )
