@@ -4,9 +4,11 @@ from .registration import register
 
 register()
 
+from .card import model_card  # noqa: E402
 from .config import QFConfig  # noqa: E402
+from .hub import push_to_hub  # noqa: E402
 from .model import QFModel  # noqa: E402
 from .trainer import QFTrainer  # noqa: E402
 from .training_args import QFTrainingArguments  # noqa: E402
 
-__all__ = ["QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments"]
+__all__ = ["QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "model_card", "push_to_hub"]

@@ -61,7 +61,7 @@ class Lesson:
         progress: Callable[[int], None],
     ) -> None:
         self.tuner, self.adapter, self.network = tuner, adapter, network
-        self.standing = standing
+        self.standing, self.settings = standing, args.to_dict()
         if standing:  # what changes everywhere is carried by all blocks, and from the assistant's header on
             args = replace(args, target="context", margin=None, significance="rows", spread=False)
         self.examples, self.preserved, self.contrast, self.args = examples, preserved, contrast, args
@@ -204,7 +204,7 @@ class Lesson:
             self.tuner.install(self.adapter, {name: delta})
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
         facts = known.facts + len(self.examples)
-        return TaughtAdapter(tokens, known.offset, installed, facts, known.standing), wanted
+        return TaughtAdapter(tokens, known.offset, installed, facts, known.standing, self.settings), wanted
 
     def _solve(self, tokens: TaughtTokens, preserved: Tensor, last: bool) -> LowRankDelta:
         """The change of one module, from everything it was taught and the keys that must keep their outputs."""
@@ -297,12 +297,8 @@ class Lesson:
         known = self.tuner.taught.get(self.adapter, TaughtAdapter())
         tokens, offset, standing = dict(known.tokens), dict(known.offset), dict(known.standing)
         for name in self.names:
-            present, ours = self.tuner.factors(self.adapter, name), known.installed.get(name)
-            same = ours is not None and all(
-                a.shape[i] <= b.shape[i] and _equal_but_padding(a, b, i)
-                for i, (b, a) in enumerate(zip(present, ours, strict=True))
-            )
-            if not same:
+            present = self.tuner.factors(self.adapter, name)
+            if not known.holds(name, present):
                 if name in tokens:
                     logger.warning(
                         f"the weights of {name} were changed since they were taught; they are kept and taught on"
@@ -312,7 +308,8 @@ class Lesson:
                 standing.pop(name, None)
                 if bool(present[0].any()) and bool(present[1].any()):
                     offset[name] = self.tuner.delta(self.adapter, name)
-        return TaughtAdapter(tokens, offset, known.installed, known.facts, standing)
+        facts = known.facts if tokens.keys() == known.tokens.keys() else 0
+        return TaughtAdapter(tokens, offset, known.installed, facts, standing)
 
 
 class _PreservedWalk:
@@ -375,11 +372,3 @@ def _evenly(tokens: TaughtTokens) -> LowRankDelta:
     total, width = float(tokens.significance.sum()), tokens.keys.shape[1]
     ridge = _STANDING_RIDGE * total * float(tokens.keys.square().mean())
     return preserving(tokens.keys, tokens.residual, SecondMoment(width), 0.0, ridge, tokens.significance)
-
-
-def _equal_but_padding(ours: Tensor, present: Tensor, axis: int) -> bool:
-    """Whether `present` is `ours` with zeros behind it along an axis (the rank)."""
-    rank = ours.shape[axis]
-    same = present.narrow(axis, 0, rank)
-    rest = present.narrow(axis, rank, present.shape[axis] - rank)
-    return same.shape == ours.shape and torch.equal(same, ours.to(same)) and not bool(rest.any())

@@ -31,6 +31,7 @@ def register() -> None:
     """Make `QF` known to PEFT."""
     peft_type = add_peft_type(NAME)
     from .config import QFConfig
+    from .hub import describe_rightly
     from .model import QFModel
 
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:  # a reload: the mapping must hold the classes that are now in use
@@ -38,3 +39,4 @@ def register() -> None:
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = QFModel
     else:
         register_peft_method(name=NAME.lower(), config_cls=QFConfig, model_cls=QFModel, prefix=QFModel.prefix)
+    describe_rightly()

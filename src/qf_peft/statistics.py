@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +45,22 @@ class TaughtAdapter:
     standing: dict[str, Tensor] = field(default_factory=dict)
     """By module name: the keys (m, d_in) float32 of the chats that were taught with standing instructions, whose change
     is in `offset`. What is taught later preserves these instead of the chats as they were before."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The last lesson's settings, as `QFTrainingArguments.to_dict` gives them."""
+
+    def holds(self, name: str, present: tuple[Tensor, Tensor]) -> bool:
+        """Whether a module's present factors A (r, d_in) and B (d_out, r) are those that the solve put there, but for
+        zeros behind them along the rank."""
+        ours = self.installed.get(name)
+        return ours is not None and all(
+            a.shape[axis] <= b.shape[axis] and _equal_but_padding(a, b, axis)
+            for axis, (a, b) in enumerate(zip(ours, present, strict=True))
+        )
+
+
+def _equal_but_padding(ours: Tensor, present: Tensor, axis: int) -> bool:
+    """Whether `present` is `ours` with zeros behind it along an axis (the rank)."""
+    rank = ours.shape[axis]
+    same = present.narrow(axis, 0, rank)
+    rest = present.narrow(axis, rank, present.shape[axis] - rank)
+    return same.shape == ours.shape and torch.equal(same, ours.to(same)) and not bool(rest.any())

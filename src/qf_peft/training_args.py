@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -115,6 +115,12 @@ class QFTrainingArguments:
                 raise ValueError(f"QFTrainingArguments: {name}={value!r}; expected {expected}")
         if self.margin is not None and not (isinstance(self.margin, (int, float)) and self.margin > 0):
             raise ValueError(f"QFTrainingArguments: margin={self.margin!r}; expected a positive number or None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name, for JSON; without those that are about this machine and screen only."""
+        settings = asdict(self)
+        del settings["cache_dir"], settings["disable_tqdm"]
+        return settings
 
     @classmethod
     def paper(cls, **settings) -> QFTrainingArguments:
