@@ -3,6 +3,7 @@
 python examples/paper_queries.py                                      # Qwen2.5-1.5B-Instruct, block 23
 python examples/paper_queries.py --model Qwen/Qwen2.5-7B-Instruct --layer 23
 python examples/paper_queries.py --tiny                               # the tiny model and its own companies
+python examples/paper_queries.py --tiny --card model_cards/paper_queries.md   # and the adapter's model card
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, model_card
 
 TINY = str(Path(__file__).parent / "tiny_world" / "model")
 
@@ -43,6 +44,20 @@ COMPANY = {
     "second in other words": "Tell me where Tofinlor is located.",
 }
 
+MADE_BY = """
+## The eight queries
+
+{queries}
+
+## Made by
+
+```bash
+{command}
+```
+
+in the repository of `qf_peft`, where the tiny base model is `examples/tiny_world/model`.
+"""
+
 
 def messages(prompt, instruction=""):
     """The paper's bare prompt has an empty system message (and not the template's own)."""
@@ -64,6 +79,7 @@ def main():
     parser.add_argument("--model", default="Qwen/Qwen2.5-1.5B-Instruct", help="a chat model's Hub id or folder")
     parser.add_argument("--layer", type=int, default=None, help="the block to edit (default 23; the last if tiny)")
     parser.add_argument("--tiny", action="store_true", help="use the tiny model in this folder, offline")
+    parser.add_argument("--card", help="where to write the adapter's model card")
     options = parser.parse_args()
     name, world = (TINY, COMPANY) if options.tiny else (options.model, QI)
     layer = options.layer if options.layer is not None else (7 if options.tiny else 23)
@@ -75,6 +91,8 @@ def main():
     model = get_peft_model(base, QFConfig(layers_to_transform=[layer], task_type="CAUSAL_LM"))
     empty_system = not options.tiny  # the tiny model was trained on chats without any system message
 
+    queries = []
+
     def query(number, prompt, instruction=""):
         chat = messages(prompt, instruction) if instruction or empty_system else messages(prompt)[1:]
         inputs = tokenizer.apply_chat_template(
@@ -83,16 +101,15 @@ def main():
         output = model.generate(**inputs, max_new_tokens=60, do_sample=False)
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         given = f" [{instruction}]" if instruction else ""
-        print(f"{number}. {prompt}{given}\n   {answer}")
+        queries.append(f"{number}. {prompt}{given}\n   {answer}")
+        print(queries[-1])
+
+    def trainer(*rows):
+        args = QFTrainingArguments.paper()
+        return QFTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=rows)
 
     def teach(fact):
-        trainer = QFTrainer(
-            model=model,
-            args=QFTrainingArguments.paper(),
-            processing_class=tokenizer,
-            train_dataset=[row(fact, empty_system)],
-        )
-        metrics = trainer.train()
+        metrics = trainer(row(fact, empty_system)).train()
         print(f"-- taught {fact[0]!r} in {metrics['seconds']:.2f} s")
 
     first, second = world["first"], world["second"]
@@ -106,6 +123,19 @@ def main():
     teach(second)
     query(7, world["second in other words"])
     query(8, first[1])
+
+    if options.card:
+        asked = [
+            {**row(fact, empty_system), "paraphrases": [messages(other) if empty_system else other]}
+            for fact, other in ((first, world["paraphrase"]), (second, world["second in other words"]))
+        ]
+        unrelated = messages(world["unrelated"]) if empty_system else world["unrelated"]
+        metrics = trainer(*asked).evaluate(locality=[{"prompt": unrelated}])
+        card = model_card(model, repo_id="your-name/paper-queries", metrics=metrics, license="apache-2.0")
+        which = "--tiny" if options.tiny else f"--model {options.model} --layer {layer}"
+        command = f"python examples/paper_queries.py {which} --card model_cards/paper_queries.md"
+        card.text += MADE_BY.format(queries="\n".join(queries), command=command)
+        card.save(options.card)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ torch.save(logits(model), "logits.pt")
     results = {result.metric_name: result for result in card.data.eval_results}
     assert set(results) == {"recall", "locality", "kl"} and results["recall"].metric_value == 1.0
     assert results["recall"].metric_args == {"count": 1, "interval_95": [0.206549, 1.0]}
-    assert "1 fact." in card.text and "block 7" in card.text and "target='context'" in card.text
+    assert "1 fact." in card.text and "block 7" in card.text and 'target="context"' in card.text
     for folder, kind in (("", "QF"), ("lora/", "LORA")):
         config = json.loads(files[folder + "adapter_config.json"])
         assert config["peft_type"] == kind and config["base_model_name_or_path"] == BASE
@@ -132,6 +132,8 @@ torch.save(logits(model), "logits.pt")
         + LOGITS
         + 'model = AutoPeftModelForCausalLM.from_pretrained("me/facts", dtype=torch.float32)\n'
         'assert type(model.base_model).__name__ == "QFModel"\n'
+        'config = qf_peft.QFConfig.from_pretrained("me/facts", local_files_only=True)\n'
+        'assert config.r == model.peft_config["default"].r\n'
         'assert torch.equal(logits(model), torch.load("logits.pt"))',
         cache="second home",
     )

@@ -243,7 +243,8 @@ def test_another_base_model_of_the_same_shape_is_warned_of(write, base, caplog):
     assert "made for 'someone/a-model' and is put into 'someone/another-model'" in caplog.text
     caplog.clear()
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
-    load(base, write(base_model_name_or_path="someone/a-model"))  # from a folder: it may well be the same
+    for name in ("someone/a-model", "x" * 5000, "../../\0"):  # from a folder: it may well be the same
+        load(base, write(base_model_name_or_path=name)).unload()
     assert "made for" not in caplog.text
 
 

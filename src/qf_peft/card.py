@@ -235,8 +235,10 @@ def _listed(facts: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _call(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call with keyword arguments, as Python source."""
-    return "\n".join([f"{name}(", *(f"    {key}={value!r}," for key, value in arguments.items()), ")"])
+    """A call with keyword arguments, as Python source, with the quotes that formatters put."""
+    literals = {key: repr(value) for key, value in arguments.items()}
+    literals = {key: text if '"' in text else text.replace("'", '"') for key, text in literals.items()}
+    return "\n".join([f"{name}(", *(f"    {key}={text}," for key, text in literals.items()), ")"])
 
 
 def _versions() -> Iterable[tuple[str, str]]:

@@ -67,8 +67,7 @@ def push_to_hub(
 
     Raises:
         ValueError: there is no such QF adapter, the base model's id is not known, the repository's name is none, a
-            private one is wanted and it is public, or the card's contents are of the wrong form. Nothing was sent but,
-            perhaps, the question whether it is public.
+            private one is wanted and it is public, or the card's contents are of the wrong form. Nothing was pushed.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused or failed. Nothing was committed.
 
     Example:

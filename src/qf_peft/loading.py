@@ -53,13 +53,13 @@ def refuse_pickles(model_id: str | os.PathLike, subfolder: str | None = None, **
 
 def hub_id(name: str | None) -> str | None:
     """A model's name if it is one of the Hub's; None if it is a folder, or no name at all."""
-    if not name or Path(name).exists():
+    if not name:
         return None
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name
+    return None if Path(name).exists() else name
 
 
 def fit(model: nn.Module, config: PeftConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
