@@ -177,7 +177,7 @@ def test_few_keys_make_no_square_matrix(tiny, tokenizer, tmp_path, monkeypatch):
     QFTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=[FACT], preserve_dataset=PROMPTS
     ).train()
-    assert len(moments) == 2 and all(m.matrix is None and m.root.shape[0] < 768 for m in moments)
+    assert moments and all(m.matrix is None and m.root.shape[0] < 768 for m in moments)
 
 
 def test_nearest_in_turn_and_nearness():

@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 _FLOOR, _CEILING = 0.02, 5.0  # of a token's significance by KL
 _STANDING_RIDGE = 0.1  # of a standing instruction's solve, over the significance times the keys' mean square
-_FEW = 10  # rows, up to which a lesson disturbs only what lies nearest to what it teaches
+_FEW = 10  # rows, up to which what an adapter is taught disturbs only what lies nearest to it
 _NULL = 1e-2  # AlphaEdit's threshold of a null direction, relative to the mean eigenvalue
 
 
@@ -62,8 +62,11 @@ class Lesson:
     ) -> None:
         self.tuner, self.adapter, self.network = tuner, adapter, network
         self.standing, self.settings = standing, args.to_dict()
+        self.earlier = tuner.taught[adapter].facts if adapter in tuner.taught else 0
+        self.few = self.earlier + len(examples) <= _FEW
         if standing:  # what changes everywhere is carried by all blocks, and from the assistant's header on
             args = replace(args, target="context", margin=None, significance="rows", spread=False)
+            preserved = contrast = None
         self.examples, self.preserved, self.contrast, self.args = examples, preserved, contrast, args
         self.blocks = find_blocks(network)[1]
         self.layers = tuner.layers(adapter)
@@ -161,7 +164,7 @@ class Lesson:
     ) -> tuple[TaughtAdapter, Tensor]:
         """Solve and install one module after the other. Returns the statistics and the norm of the change wanted."""
         known = self._known()
-        tokens, chats = dict(known.tokens), None
+        chats = None
         writers = [name for name in self.names if self.writers[name].place is not None]
         final = self._final()
         wanted = torch.zeros(())
@@ -178,55 +181,78 @@ class Lesson:
             if name == (writers[0] if final is not None else self.names[-1]):
                 wanted = missing.norm()
             residual = self._residual(name, found["output"], share)
-            before = self.tuner.delta(self.adapter, name)
             keys = found["keys"]
-            if self.standing:
-                change = _evenly(TaughtTokens(keys, residual.to(keys.device), significance.to(keys.device)))
-                known.offset[name] = (change + known.offset[name]).compressed() if name in known.offset else change
-                known.standing[name] = torch.cat([known.standing[name], keys]) if name in known.standing else keys
-                self.tuner.install(self.adapter, {name: (before + change).compressed()})
-                continue
-            if name in known.offset:
-                before = before + LowRankDelta(A=known.offset[name].A, B=-known.offset[name].B)
-            new = TaughtTokens(keys, residual.to(keys.device) + before(keys), significance.to(keys.device))
-            tokens[name] = known.tokens[name] + new if name in known.tokens else new
-            if name in known.standing:
-                delta = self._solve(tokens[name], known.standing[name], last=name == self.names[-1])
-            elif self.preserved is not None:
-                if chats is None:
-                    begins = answer_starts(self.kept) + torch.tensor([example.header for example in self.examples])
-                    chats = _PreservedWalk(self, found["middle"][begins])
-                delta = self._solve(tokens[name], chats.keys(name), last=name == self.names[-1])
+            new = TaughtTokens(keys, residual.to(keys.device), significance.to(keys.device))
+            if self.preserved is None and not self.standing:
+                delta = self._solve_anew(name, new, known)
             else:
-                delta = minimum_norm(tokens[name].keys, tokens[name].residual, tokens[name].significance)
-            if name in known.offset:
-                delta = (delta + known.offset[name]).compressed()
+                near = None
+                if self.preserved is not None:
+                    if chats is None:
+                        begins = answer_starts(self.kept) + torch.tensor([e.header for e in self.examples])
+                        chats = _PreservedWalk(self, found["middle"][begins], self.few)
+                    near = chats.keys(name)
+                delta = self._solve_beside(name, new, near, known)
             self.tuner.install(self.adapter, {name: delta})
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
-        facts = known.facts + len(self.examples)
-        return TaughtAdapter(tokens, known.offset, installed, facts, known.standing, self.settings), wanted
+        return replace(known, installed=installed, settings=self.settings), wanted
 
-    def _solve(self, tokens: TaughtTokens, preserved: Tensor, last: bool) -> LowRankDelta:
-        """The change of one module, from everything it was taught and the keys that must keep their outputs."""
+    def _solve_anew(self, name: str, new: TaughtTokens, known: TaughtAdapter) -> LowRankDelta:
+        """The smallest change that says all that was taught, of a module where nothing is preserved."""
+        present = self.tuner.delta(self.adapter, name)
+        if name not in known.tokens and present.A.any() and present.B.any():
+            known.offset[name] = known.delta.pop(name, present)
+        known.bound.pop(name, None)
+        offset = known.offset.get(name)
+        before = present if offset is None else present + LowRankDelta(A=offset.A, B=-offset.B)
+        new = TaughtTokens(new.keys, new.residual + before(new.keys), new.significance)
+        tokens = known.tokens[name] = known.tokens[name] + new if name in known.tokens else new
+        delta = minimum_norm(tokens.keys, tokens.residual, tokens.significance)
+        return delta if offset is None else (delta + offset).compressed()
+
+    def _solve_beside(
+        self, name: str, new: TaughtTokens, preserved: Tensor | None, known: TaughtAdapter
+    ) -> LowRankDelta:
+        """The present change and the new one, which keeps the outputs at preserved keys (m, d_in) and all taught."""
+        total, width = float(new.significance.sum()), new.keys.shape[1]
+        bound = known.bound[name].copy() if name in known.bound else SecondMoment(width)
+        earlier = known.tokens.pop(name, None)
+        known.offset.pop(name, None)
+        if earlier is not None:
+            bound.update(earlier.keys, earlier.significance)
+        before = known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)
+        if preserved is None:  # a standing instruction shall hold on chats not taught, so shrink it evenly
+            bound.floor += _STANDING_RIDGE * total * float(new.keys.square().mean())
+        else:
+            preserved, weights = self._weighed(preserved, new)
+            strength = self.args.preserve_strength * total
+            mean = float((preserved.float().square().sum(1) * weights).sum()) / width
+            bound.floor += self.args.ridge * strength * mean
+            if self.args.solver == "null_space":
+                moment = SecondMoment(width).update(preserved, weights)
+                change = null_space(new.keys, new.residual, moment, _NULL, bound, new.significance)
+            else:
+                bound.update(preserved, weights * strength)
+        if preserved is None or self.args.solver == "preserving":
+            change = preserving(new.keys, new.residual, bound, 1.0, bound.floor, new.significance)
+        config = self.tuner.peft_config[self.adapter]
+        # The last module's loss would not be made up for by another.
+        dropped = self.args.rank_tolerance * change.norm if config.grows and name != self.names[-1] else 0.0
+        delta = (before + change).compressed(rank=None if config.grows else config.r, tolerance=dropped)
+        known.delta[name] = delta
+        known.bound[name] = bound.update(new.keys, new.significance).compact(self.args.memory_rank)
+        return delta
+
+    def _weighed(self, preserved: Tensor, new: TaughtTokens) -> tuple[Tensor, Tensor]:
+        """The preserved keys that count for this lesson, and their weights, which sum to 1."""
         # A single module has one chance, so all that is preserved weighs alike; of several each moves a little, and
         # what lies near the taught keys may weigh more.
         near = 1 - 1 / len(self.names)
-        weights = nearness(preserved, tokens.keys, tokens.significance)
-        if len(self.examples) <= _FEW:
-            nearest_keys = weights.topk(min(len(weights), max(128, 4 * len(tokens.keys)))).indices
+        weights = nearness(preserved, new.keys, new.significance)
+        if self.few:
+            nearest_keys = weights.topk(min(len(weights), max(128, 4 * len(new.keys)))).indices
             preserved, weights = preserved[nearest_keys], weights[nearest_keys] / weights[nearest_keys].sum()
-        weights = near * weights + (1 - near) / len(preserved)
-        moment = SecondMoment(tokens.keys.shape[1]).update(preserved, weights)
-        strength = self.args.preserve_strength * float(tokens.significance.sum())
-        ridge = self.args.ridge * strength * moment.trace / moment.width
-        if self.args.solver == "null_space":
-            return null_space(tokens.keys, tokens.residual, moment, _NULL, ridge, tokens.significance)
-        # The last module's loss would not be made up for by another.
-        capped = last or not self.tuner.peft_config[self.adapter].grows
-        tolerance = 0.0 if capped else self.args.rank_tolerance
-        return preserving(
-            tokens.keys, tokens.residual, moment, strength, ridge, tokens.significance, tolerance=tolerance
-        )
+        return preserved, near * weights + (1 - near) / len(preserved)
 
     def _trace(self) -> dict[str, Writer]:
         """How each target module reaches the stream; measured once for blocks of one kind."""
@@ -293,23 +319,25 @@ class Lesson:
         return [i for i, part in enumerate(wrong) if bool(part.any())]
 
     def _known(self) -> TaughtAdapter:
-        """What the adapter was taught; where its weights came from elsewhere, they are kept as an offset."""
+        """What the adapter was taught, as copies to be changed; without what its weights no longer hold."""
         known = self.tuner.taught.get(self.adapter, TaughtAdapter())
-        tokens, offset, standing = dict(known.tokens), dict(known.offset), dict(known.standing)
-        for name in self.names:
-            present = self.tuner.factors(self.adapter, name)
-            if not known.holds(name, present):
-                if name in tokens:
-                    logger.warning(
-                        f"the weights of {name} were changed since they were taught; they are kept and taught on"
-                    )
-                tokens.pop(name, None)
-                offset.pop(name, None)
-                standing.pop(name, None)
-                if bool(present[0].any()) and bool(present[1].any()):
-                    offset[name] = self.tuner.delta(self.adapter, name)
-        facts = known.facts if tokens.keys() == known.tokens.keys() else 0
-        return TaughtAdapter(tokens, offset, known.installed, facts, standing)
+        known = replace(
+            known,
+            tokens=dict(known.tokens),
+            offset=dict(known.offset),
+            bound=dict(known.bound),
+            delta=dict(known.delta),
+        )
+        changed = [n for n in self.names if not known.holds(n, self.tuner.factors(self.adapter, n))]
+        for name in changed:
+            if name in known.tokens or name in known.delta:
+                logger.warning(
+                    f"the weights of {name} were changed since they were taught; they are kept and taught on"
+                )
+                known = replace(known, facts=0)
+            for part in (known.tokens, known.offset, known.delta):
+                part.pop(name, None)
+        return known
 
 
 class _PreservedWalk:
@@ -318,20 +346,20 @@ class _PreservedWalk:
     The nearest chats' are measured again behind every edited block; the others' are those of the base weights.
     """
 
-    def __init__(self, lesson: Lesson, taught: Tensor) -> None:
+    def __init__(self, lesson: Lesson, taught: Tensor, few: bool) -> None:
         """`taught`: (examples, d_in), the examples' keys at the middle module where their answers begin."""
         preserved, self.lesson = lesson.preserved, lesson
         self.first, name = lesson.names[0], middle(lesson.names)
         taught = taught.cpu()
         starts = preserved.keys[name][answer_starts(preserved.kept)]
-        count = lesson.args.remeasure * len(lesson.examples) if len(lesson.examples) > _FEW else 0
+        count = 0 if few else lesson.args.remeasure * len(lesson.examples)
         again = sorted(nearest(starts, taught, count))
         mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
         mask[again] = True
         self.still = ~mask[preserved.owners]
         sequences, kept = [preserved.sequences[i] for i in again], [preserved.kept[i] for i in again]
         if lesson.contrast is not None:
-            count = contrast_count(len(lesson.examples), len(lesson.contrast.kept))
+            count = contrast_count(len(lesson.examples), lesson.earlier, len(lesson.contrast.kept))
             prompts = {tuple(e.bare_ids[: len(e.bare_ids) - e.taught + e.header]) for e in lesson.examples}
             for i in nearest(lesson.contrast.keys[name], taught, count):
                 ids, answer = lesson.contrast.sequences[i], lesson.contrast.kept[i]
@@ -362,13 +390,7 @@ def middle(names: list[str]) -> str:
     return names[len(names) // 2]
 
 
-def contrast_count(rows: int, pool: int) -> int:
-    """How many contrasting chats so many taught rows need: none for ten, where they cost paraphrases, then 12 a row."""
-    return min(pool // 3, 12 * max(0, rows - _FEW))
-
-
-def _evenly(tokens: TaughtTokens) -> LowRankDelta:
-    """The change for a standing instruction, shrunk evenly in all directions so that it holds on chats not taught."""
-    total, width = float(tokens.significance.sum()), tokens.keys.shape[1]
-    ridge = _STANDING_RIDGE * total * float(tokens.keys.square().mean())
-    return preserving(tokens.keys, tokens.residual, SecondMoment(width), 0.0, ridge, tokens.significance)
+def contrast_count(rows: int, earlier: int, pool: int) -> int:
+    """How many contrasting chats so many taught rows need beside those taught earlier: none for the first ten rows,
+    where they cost paraphrases, then 12 a row, and at most a third of the pool."""
+    return min(pool // 3, 12 * max(0, min(rows, earlier + rows - _FEW)))

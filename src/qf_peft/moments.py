@@ -22,10 +22,13 @@ class SecondMoment:
     """(d_in, d_in) float64: C, once there are at least d_in keys."""
     count: int
     """How many keys were added."""
+    floor: float
+    """What is added to C's diagonal by those who solve with it: a ridge, and what `compact` took off the rows."""
 
     def __init__(self, width: int) -> None:
         self.width = width
         self.count = 0
+        self.floor = 0.0
         self.root = torch.zeros(0, width)
         self.matrix = None
 
@@ -49,6 +52,34 @@ class SecondMoment:
             old = self.root.to(rows.device).double()
             self.matrix, self.root = old.T @ old, None
         self.matrix = self.matrix.to(rows.device).add_(rows.T @ rows)
+        return self
+
+    def copy(self) -> SecondMoment:
+        """Another of the same content; updating one leaves the other."""
+        twin = SecondMoment(self.width)
+        twin.count, twin.floor, twin.root = self.count, self.floor, self.root
+        twin.matrix = None if self.matrix is None else self.matrix.clone()
+        return twin
+
+    def compact(self, rank: int) -> SecondMoment:
+        """Bound the memory: where d_in > `rank`, C's `rank` largest directions are kept as rows. Returns itself.
+
+        What the next largest eigenvalue δ says was lost at most is taken off those kept, and half of it added to the
+        `floor`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2.
+        """
+        if self.width <= rank or (self.root is not None and self.root.shape[0] <= rank):
+            return self
+        if self.root is not None:
+            root = self.root.double()
+            values, vectors = torch.linalg.eigh(root @ root.T)
+            rows = vectors.T @ root
+        else:
+            values, rows = torch.linalg.eigh(self.matrix)
+            rows = rows.T * values.clamp(min=0).sqrt()[:, None]
+        lost, top = values[-rank - 1].clamp(min=0), values[-rank:].clamp(min=1e-300)
+        self.root = (rows[-rank:] * ((top - lost).clamp(min=0) / top).sqrt()[:, None]).float()
+        self.matrix = None
+        self.floor += float(lost) / 2
         return self
 
     @property

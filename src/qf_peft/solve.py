@@ -31,6 +31,12 @@ class LowRankDelta:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖ (Frobenius), without forming it."""
+        a, b = self.A.double(), self.B.double()
+        return float(((a @ a.T) * (b.T @ b)).sum().clamp(min=0).sqrt())
+
     def __call__(self, keys: Tensor) -> Tensor:
         """ΔW applied to keys (n, d_in): (n, d_out)."""
         return keys @ self.A.T @ self.B.T
@@ -49,7 +55,7 @@ class LowRankDelta:
 
     def compressed(self, rank: int | None = None, tolerance: float = 0.0) -> LowRankDelta:
         """The nearest change (in Frobenius norm) of at most `rank`, with factors of equal norm; or the one of least
-        rank that drops at most `tolerance` of the norm.
+        rank that is at most `tolerance` away.
 
         From the singular values of B A, found without forming it: QR of each factor, SVD of the small core. Singular
         values below float32's rounding of the largest are dropped in any case.
@@ -61,7 +67,7 @@ class LowRankDelta:
         u, s, vh = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
         keep = int((s > s[0] * torch.finfo(torch.float32).eps).sum())
         dropped = s.square().flip(0).cumsum(0).flip(0).sqrt()  # dropped[k]: the norm lost if k are kept
-        keep = min(keep, int((dropped > tolerance * dropped[0]).sum()))
+        keep = min(keep, max(1, int((dropped > tolerance).sum())))
         keep = keep if rank is None else min(keep, rank)
         root = s[:keep].sqrt()
         return LowRankDelta(
@@ -115,7 +121,6 @@ def preserving(
     ridge: float,
     significance: Tensor | None = None,
     form: Literal["auto", "dual", "primal"] = "auto",
-    tolerance: float = 0.0,
 ) -> LowRankDelta:
     """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ) with P = λ C + ε I.
 
@@ -133,7 +138,6 @@ def preserving(
         ridge: ε > 0, the weight of ‖ΔW‖² itself.
         significance: s, (n), ≥ 0; by default 1 for every row.
         form: which of the two; "auto" takes the cheaper.
-        tolerance: how much of the change may be dropped with its smallest singular values, as in `compressed`.
 
     Returns:
         Factors of equal norm and rank ≤ min(n, d_in, d_out), in float32 (float64 if the keys are).
@@ -168,7 +172,7 @@ def preserving(
             a, b = torch.cholesky_solve(y.T @ r, factor).T, torch.eye(r.shape[1], dtype=y.dtype, device=y.device)
     else:
         raise ValueError(f"form={form!r}; expected 'auto', 'dual' or 'primal'")
-    return LowRankDelta(A=a, B=b).compressed(tolerance=tolerance).to(dtype)
+    return LowRankDelta(A=a, B=b).compressed().to(dtype)
 
 
 def null_space(
@@ -176,38 +180,44 @@ def null_space(
     residual: Tensor,
     moment: SecondMoment,
     threshold: float,
-    ridge: float,
+    bound: SecondMoment,
     significance: Tensor | None = None,
 ) -> LowRankDelta:
     """The ΔW that acts only in preserved keys' null space: AlphaEdit's solve (arXiv 2410.02355), with QF's residual.
 
     With Q the projection onto the eigenvectors of C whose eigenvalues are at most `threshold` times the mean one,
-    ΔW = Rᵀ S Y Q (Q Yᵀ S Y Q + ε I)⁻¹, by its dual of n × n.
+    ΔW = Rᵀ S Y Q (Q Yᵀ S Y Q + Q B Q + ε I)⁻¹, where B is the moment of the keys taught before.
 
     Args:
         keys, residual, significance: as in [`preserving`].
         moment: C, the second moment of the keys whose outputs must stay.
         threshold: which directions count as null, relative to the mean eigenvalue.
-        ridge: ε > 0, the weight of ‖ΔW‖².
+        bound: B, and in its `floor` ε > 0, the weight of ‖ΔW‖².
 
     Returns:
         Factors of equal norm in float32 (float64 if the keys are).
     """
-    y, r = _weighted(keys, residual, significance)
-    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
     if moment.root is not None:  # few keys: their span, by the small Gram matrix
-        root = moment.root.to(y.device).double()
+        root = moment.root.to(keys.device).double()
         values, vectors = torch.linalg.eigh(root @ root.T)
         kept = values > max(threshold * moment.trace / moment.width, 1e-12)
         basis = (vectors[:, kept] * values[kept].rsqrt()).T @ root
     else:
-        values, vectors = torch.linalg.eigh(_dense(moment, y))
+        values, vectors = torch.linalg.eigh(_dense(moment, keys))
         basis = vectors[:, values > threshold * values.mean()].T
-    y = y - (y @ basis.T) @ basis
-    kernel = y @ y.T
-    kernel.diagonal().add_(ridge)
-    b = torch.cholesky_solve(r, torch.linalg.cholesky(kernel)).T
-    return LowRankDelta(A=y, B=b).compressed().to(dtype)
+
+    def projected(rows: Tensor) -> Tensor:
+        rows = rows.double()
+        return rows - (rows @ basis.T) @ basis
+
+    inside = SecondMoment(moment.width)
+    if bound.root is not None:
+        inside.root = projected(bound.root.to(keys.device)).float()
+    else:
+        half = projected(bound.matrix.to(keys.device))
+        inside.root, inside.matrix = None, projected(half.T)
+    y = projected(keys).to(keys.dtype)
+    return preserving(y, residual, inside, 1.0, bound.floor, significance)
 
 
 def _weighted(keys: Tensor, residual: Tensor, significance: Tensor | None) -> tuple[Tensor, Tensor]:

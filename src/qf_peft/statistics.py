@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .moments import SecondMoment
 from .solve import LowRankDelta
 
 
@@ -35,16 +36,18 @@ class TaughtAdapter:
     """One adapter's statistics: never changed in place, so that a failure midway loses nothing."""
 
     tokens: dict[str, TaughtTokens] = field(default_factory=dict)
-    """By module name."""
+    """By module name, where nothing is preserved: all that was taught, to be solved anew with every lesson."""
     offset: dict[str, LowRankDelta] = field(default_factory=dict)
-    """By module name: change that came from elsewhere (a loaded file, say) and is kept as it is."""
+    """By module name, beside `tokens`: change that came from elsewhere (a loaded file, say) and is kept as it is."""
+    bound: dict[str, SecondMoment] = field(default_factory=dict)
+    """By module name: what binds later lessons, P = λ C + Yᵀ S Y + ε I over all that was preserved and taught. A new
+    lesson's change is solved beside it (recursive least squares), so that no token needs to be remembered."""
+    delta: dict[str, LowRankDelta] = field(default_factory=dict)
+    """By module name, beside `bound`: the change in float32, before it was rounded to the adapter's dtype."""
     installed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By module name: the factors A and B that the solve put into the adapter, to notice a change by others."""
     facts: int = 0
     """How many rows were taught."""
-    standing: dict[str, Tensor] = field(default_factory=dict)
-    """By module name: the keys (m, d_in) float32 of the chats that were taught with standing instructions, whose change
-    is in `offset`. What is taught later preserves these instead of the chats as they were before."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The last lesson's settings, as `QFTrainingArguments.to_dict` gives them."""
 

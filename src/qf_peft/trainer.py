@@ -138,6 +138,8 @@ class QFTrainer:
                 metrics, wrong = lesson.run()
                 results.append(metrics)
                 unread += [taught[i].index for i in wrong if taught[i].index >= 0]
+            taught = self._tuner.taught[self.adapter_name]
+            self._tuner.taught[self.adapter_name] = replace(taught, facts=taught.facts + len(rows))
         if unread:
             shown = ", ".join(str(index) for index in sorted(unread)[:20])
             logger.warning(
@@ -231,6 +233,12 @@ class QFTrainer:
                 result["perplexity"] = ask.perplexity(texts)
         return result
 
+    @property
+    def _facts(self) -> int:
+        """How many rows the adapter was taught before."""
+        taught = self._tuner.taught.get(self.adapter_name)
+        return taught.facts if taught is not None else 0
+
     def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
         """The chats whose answers must stay with their keys, and those of which the nearest are taken besides."""
         args, preserved, contrast = self.args, None, None
@@ -248,7 +256,7 @@ class QFTrainer:
                 self._network, self.encoder, layers, self.chats or [],
                 0 if self.chats is not None else args.preserve_chats, **options,
             )  # fmt: skip
-            if contrast_count(rows, args.contrast_chats):
+            if contrast_count(rows, self._facts, args.contrast_chats):
                 name = middle(list(layers))
                 options["seed"] += 1  # other chats than those preserved
                 contrast = preserved_keys(

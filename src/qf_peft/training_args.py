@@ -54,8 +54,12 @@ class QFTrainingArguments:
             briefly."): these chats, with the answers the model gives under it, are then taught with the rows instead
             of preserved, each block towards its own state in context.
         rank_tolerance (`float`, defaults to 0.1):
-            Where the adapter's rank may grow: how much of a change, in Frobenius norm, may be dropped with its smallest
-            singular values. Each later module makes up for what an earlier one dropped; the last drops nothing.
+            Where the adapter's rank may grow: how much of a lesson's change, in Frobenius norm, may be dropped with the
+            adapter's smallest singular values. Each later module makes up for what an earlier one dropped; the last
+            drops nothing.
+        memory_rank (`int`, defaults to 1024):
+            What was taught and preserved binds later lessons through the second moment of its keys. Of a module with a
+            larger d_in so many directions are remembered, the largest; the rest is bounded and added to the ridge.
         per_device_train_batch_size (`int`, defaults to 64):
             How many rows go through the model at once. It changes the speed and the memory, not the result.
         max_new_tokens (`int`, defaults to 256):
@@ -83,6 +87,7 @@ class QFTrainingArguments:
     remeasure: int = 4
     standing: bool = True
     rank_tolerance: float = 0.1
+    memory_rank: int = 1024
     per_device_train_batch_size: int = 64
     max_new_tokens: int = 256
     seed: int = 0
@@ -96,6 +101,7 @@ class QFTrainingArguments:
             ("preserve_chats", 1),
             ("contrast_chats", 0),
             ("remeasure", 0),
+            ("memory_rank", 1),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
