@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .blocks import base_layer, find_blocks, linear_shape, mlp_ends, split_path
 from .config import QFConfig
 from .loading import fit, hub_id, put_factors
+from .quantized import holds_floats, unpack
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
 
@@ -54,9 +55,11 @@ class QFModel(LoraModel):
             lora_config.r = lora_config.lora_alpha = 1
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = parent.get_submodule(target_name)
-        weight = layer.lora_A[adapter_name].weight
-        if weight.device.type != "meta":
-            weight.data.zero_()
+        for part in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+            if part.weight.device.type != "meta":
+                part.weight.data.zero_()
+            if not holds_floats(base_layer(layer)):  # 8 bits: PEFT would leave the factors in float32
+                part.to(self.model.get_input_embeddings().weight.dtype)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -73,6 +76,22 @@ class QFModel(LoraModel):
             super().add_weighted_adapter(*args, **kwargs)
         finally:
             self._combining = False
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        self._unpack()
+        super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._unpack()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _unpack(self) -> None:
+        for name in self.targeted_module_names:
+            unpack(base_layer(self.model.get_submodule(name)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 from .capture import Point, forward_pass
 from .generation import generate
+from .quantized import sample
 from .rows import Encoder, Row, Text, read_messages
 
 logger = logging.get_logger(__name__)
@@ -250,13 +252,14 @@ def fingerprint(network: nn.Module) -> str:
     """A hash by which a model's weights are recognised: its configuration and 64 values of every parameter."""
     config = {k: v for k, v in network.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
     digest = hashlib.sha256(json.dumps([config, getattr(network.config, "_commit_hash", None)], default=str).encode())
-    for name, parameter in network.named_parameters():
-        if "lora_" in name or parameter.device.type == "meta":
+    for path, module in network.named_modules():
+        if "lora_" in path:
             continue
-        values = parameter.detach().reshape(-1)
-        sample = values[:: max(1, values.numel() // 64)][:64]
-        digest.update(name.replace(".base_layer", "").encode())
-        digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
+        with align_module_device(module):  # weights that are offloaded come back for a moment
+            for name, parameter in module.named_parameters(recurse=False):
+                digest.update(f"{path}.{name}".replace(".base_layer", "").encode())
+                for values in sample(parameter) if parameter.device.type != "meta" else ():
+                    digest.update(values.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
 
 
