@@ -8,7 +8,12 @@ from .card import model_card  # noqa: E402
 from .config import QFConfig  # noqa: E402
 from .hub import push_to_hub  # noqa: E402
 from .model import QFModel  # noqa: E402
+from .portable import save_as_lora  # noqa: E402
+from .portable_check import check_portable  # noqa: E402
 from .trainer import QFTrainer  # noqa: E402
 from .training_args import QFTrainingArguments  # noqa: E402
 
-__all__ = ["QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "model_card", "push_to_hub"]
+__all__ = [
+    "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "check_portable", "model_card", "push_to_hub",
+    "save_as_lora",
+]  # fmt: skip

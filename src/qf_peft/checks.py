@@ -37,6 +37,26 @@ def active_qf_adapter(model: Any) -> str:
     return active[0]
 
 
+def portable_adapter(model: Any, name: str | None) -> str:
+    """The name of the QF adapter to write out: the one named, or the one that is active.
+
+    Raises:
+        ValueError: there is no such adapter, it is none of QF's, or it is merged.
+    """
+    if isinstance(model, (PeftModel, PeftMixedModel)) and not isinstance(model.base_model, QFModel):
+        raise ValueError("the model's adapters are none of QF's; save them by model.save_pretrained(directory)")
+    if name is None or not isinstance(model, PeftModel):
+        name = active_qf_adapter(model)
+    if name not in model.peft_config:
+        raise ValueError(f"adapter_name={name!r}; the model has the adapters {sorted(model.peft_config)}")
+    for path, layer in model.base_model.layers(name).items():
+        if name in layer.merged_adapters:
+            raise ValueError(
+                f"the adapter {name!r} is merged into {path}; call model.unmerge_adapter() before writing it out"
+            )
+    return name
+
+
 def check_teachable(model: PeftModel, adapter: str) -> None:
     """The adapter must be the one at work: active, on, not merged, and no adapter of another type beside it."""
     if active_qf_adapter(model) != adapter:
