@@ -312,6 +312,11 @@ def put(key, value):
     return tensors(lambda stored: {**stored, key: value(stored) if callable(value) else value})
 
 
+def with_attention(stored):
+    copies = {k.replace("mlp.down", "self_attn.o"): v.clone() for k, v in stored.items() if "layers.7." in k}
+    return {**stored, **copies}
+
+
 A7, B7 = DOWN.format(7, "A"), DOWN.format(7, "B")
 BROKEN = {
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
@@ -362,9 +367,7 @@ BROKEN = {
     "a layer missing": (
         lambda f: (
             change(layers_to_transform=None, target_modules=["down_proj", "o_proj"])(f),
-            tensors(
-                lambda s: {**s, **{k.replace("mlp.down_proj", "self_attn.o_proj"): v.clone() for k, v in s.items() if "7" in k}}
-            )(f),
+            tensors(with_attention)(f),
         ),
         "self_attn.o_proj is missing in the blocks [3]; write zeros there",
     ),
