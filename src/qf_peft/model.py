@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
@@ -70,13 +72,6 @@ class QFModel(LoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave the factors in the base model's dtype: PEFT raises them to float32 for an optimizer's sake only."""
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._combining = True
-        try:
-            super().add_weighted_adapter(*args, **kwargs)
-        finally:
-            self._combining = False
-
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()
         super().merge_adapter(*args, **kwargs)
@@ -92,6 +87,87 @@ class QFModel(LoraModel):
     def _unpack(self) -> None:
         for name in self.targeted_module_names:
             unpack(base_layer(self.model.get_submodule(name)))
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Combine adapters into a new one, as in [`LoraModel.add_weighted_adapter`].
+
+        `cat` is the weighted sum of the changes, exactly; `svd` the nearest to it of rank `svd_rank`. `linear`, `ties`
+        and the other types that work on each factor are rough approximations. Unlike PEFT's own method it keeps all
+        adapters' modules where these differ, takes adapters of different rank in every type, and leaves nothing behind
+        if it fails. The new adapter has no statistics; it can be taught on, and keeps what it holds.
+        """
+        known, new = [name for name in adapters if name in self.peft_config], adapter_name not in self.peft_config
+        by_factor = combination_type != "cat" and not combination_type.endswith("svd")
+        self._combining = True
+        try:
+            with self._alike(known, by_factor):
+                super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **options)
+        except Exception:
+            if new and adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+        finally:
+            self._combining = False
+        for layer in self.layers(adapter_name).values():
+            dtype = next(layer.lora_A[name].weight.dtype for name in adapters if name in layer.lora_A)
+            layer.lora_A[adapter_name].to(dtype)
+            layer.lora_B[adapter_name].to(dtype)
+
+    @contextmanager
+    def _alike(self, adapters: list[str], one_rank: bool) -> Iterator[None]:
+        """For a while, configurations that name all the adapters' modules and, if asked for, factors of one rank.
+
+        PEFT makes the new adapter after the first one's configuration: blocks that only another edits would be dropped.
+        """
+        configs = {name: self.peft_config[name] for name in adapters}
+        modules = {name: set(self.layers(name)) for name in adapters}
+        everywhere = set().union(*modules.values())
+        rank, restored = max((config.r for config in configs.values()), default=1), {}
+        try:
+            for name, config in configs.items():
+                self.peft_config[name] = replace(config)
+                if any(modules[name] != everywhere for name in adapters):
+                    self.peft_config[name] = replace(
+                        config, target_modules=everywhere, layers_to_transform=None, layers_pattern=None,
+                        exclude_modules=None,
+                    )  # fmt: skip
+                if one_rank and config.r < rank:
+                    restored[name] = {
+                        m: (self.factors(name, m), layer.scaling[name]) for m, layer in self.layers(name).items()
+                    }
+                    deltas = {m: self.delta(name, m) for m in modules[name]}
+                    self.set_factors(name, {m: padded((d.A, d.B), rank) for m, d in deltas.items()})
+            yield
+        finally:
+            for name, state in restored.items():
+                self.set_factors(name, {m: factors for m, (factors, _) in state.items()})
+                for m, (_, scaling) in state.items():
+                    self.layers(name)[m].scaling[name] = scaling
+            self.peft_config.update(configs)
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self, combination_type, adapters, weights, new_rank, target, *args, **options
+    ):
+        """The weighted sum's singular value decomposition from the factors; PEFT's own forms the sum (d_out × d_in)."""
+        clamp = args[4] if len(args) > 4 else options.get("clamp")
+        if combination_type != "svd" or clamp is not None:
+            return super()._svd_generalized_task_arithmetic_weighted_adapter(
+                combination_type, adapters, weights, new_rank, target, *args, **options
+            )
+        a, b = [], []
+        for name, weight in zip(adapters, weights, strict=True):
+            if name in target.lora_A:
+                a.append(target.lora_A[name].weight.detach().float())
+                b.append(target.lora_B[name].weight.detach().float() * (weight * target.scaling[name]))
+        delta = LowRankDelta(A=torch.cat(a), B=torch.cat(b, dim=1)).compressed(new_rank)
+        return padded((delta.A, delta.B), new_rank)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -130,10 +206,7 @@ class QFModel(LoraModel):
         factors = {}
         for name, delta in full.items():
             a, b = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
-            new_a, new_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
-            new_a[: delta.rank] = delta.A.to(a)
-            new_b[:, : delta.rank] = delta.B.to(b)
-            factors[name] = (new_a, new_b)
+            factors[name] = padded((delta.A.to(a), delta.B.to(b)), rank)
         self.set_factors(adapter_name, factors)
 
     def set_factors(self, adapter_name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -154,6 +227,13 @@ class QFModel(LoraModel):
         finally:
             for layer in layers:
                 layer._disable_adapters = False
+
+
+def padded(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """Factors A (r, d_in) and B (d_out, r) with zeros behind them up to `rank`."""
+    a, b = factors
+    more = rank - a.shape[0]
+    return torch.cat([a, a.new_zeros(more, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], more)], dim=1)
 
 
 def _check_targets(model: nn.Module, config: QFConfig) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .blocks import find_blocks, linear_shape, split_path
 from .checks import portable_adapter
+from .model import padded
 from .portable_check import LARGEST_RANK, SMALLEST_RANK, is_allowed
 from .solve import LowRankDelta
 
@@ -112,9 +113,9 @@ def save_as_lora(
             written[name] = (like.new_zeros(rank, d_in), like.new_zeros(d_out, rank))
             continue
         like = layers[name].lora_A[adapter_name].weight
-        a, b = _padded(exact[name].A[:rank], 0, rank).to(like.dtype), _padded(exact[name].B[:, :rank], 1, rank)
-        written[name] = (a, b.to(like.dtype))
-        missing = _norm(deltas[name] + LowRankDelta(A=a.float(), B=-written[name][1].float()))
+        cut = exact[name].A[:rank].to(like.dtype), exact[name].B[:, :rank].to(like.dtype)
+        written[name] = padded(cut, rank)
+        missing = _norm(deltas[name] + LowRankDelta(A=cut[0].float(), B=-cut[1].float()))
         size = _norm(deltas[name])
         losses[name] = missing / size if size else 0.0
         lost, whole = lost + missing**2, whole + size**2
@@ -167,13 +168,6 @@ def _bare_suffixes(network: nn.Module, names: list[str]) -> list[str]:
                 break
         suffixes.add(short)
     return sorted(suffixes)
-
-
-def _padded(factor: Tensor, axis: int, rank: int) -> Tensor:
-    """A factor with zeros behind it along the rank."""
-    shape = list(factor.shape)
-    shape[axis] = rank - shape[axis]
-    return torch.cat([factor, factor.new_zeros(shape)], axis)
 
 
 def _norm(delta: LowRankDelta) -> float:
