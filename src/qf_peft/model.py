@@ -84,9 +84,13 @@ class QFModel(LoraModel):
         self._unpack()
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self._unpack()
+        return super().state_dict(*args, **kwargs)
+
     def _unpack(self) -> None:
-        for name in self.targeted_module_names:
-            unpack(base_layer(self.model.get_submodule(name)))
+        for module in self.model.modules():
+            unpack(module)
 
     def add_weighted_adapter(
         self,

@@ -44,8 +44,8 @@ def unpack(layer: nn.Module) -> None:
     """Bring a 4-bit weight of bitsandbytes back into the layout that dequantising it expects.
 
     In evaluation mode on a CPU with AVX512-BF16 the first forward pass repacks it. PEFT's merge does not know of that
-    (as of peft 0.21 and bitsandbytes 0.50) and would merge into noise; bitsandbytes' own way back, which it takes when
-    a model is saved, leaves the blocks' scales transposed unless they are quantised themselves.
+    (as of peft 0.21 and bitsandbytes 0.50) and would merge into noise; and bitsandbytes' own way back, taken whenever a
+    state dict is made, leaves the blocks' scales transposed, so that saving an adapter would spoil the base model.
     """
     weight = getattr(layer, "weight", None)
     state = getattr(weight, "quant_state", None)
@@ -53,6 +53,7 @@ def unpack(layer: nn.Module) -> None:
         return
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
+    state.original_nested = False  # the scales stay as they are; quantising them once more would change them
     weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-    if not weight.quant_state.nested:
+    if weight.quant_state.absmax.ndim == 2:
         weight.quant_state.absmax = weight.quant_state.absmax.T.reshape(-1).float()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .stream import is_rms, norm_gain
 
@@ -37,11 +38,14 @@ class Unembedding:
     def find(cls, network: nn.Module, blocks: nn.ModuleList, stream: Tensor, read: Tensor) -> Unembedding | None:
         """The unembedding of a network whose head reads `read` (n, d) where the last block gives `stream` (n, d).
 
-        Returns None where it is not a norm followed by a linear map with rows to read (a projection between them, say).
+        Returns None where it is not a norm followed by a linear map with rows to read (a projection between
+        them, say, or a quantised head).
         """
         head = network.get_output_embeddings()
         weight = getattr(head, "weight", None)
         if weight is None or not weight.is_floating_point() or weight.shape[-1] != stream.shape[-1]:
+            return None
+        if is_traceable_wrapper_subclass(weight):  # quantised (torchao)
             return None
         inside = {id(m) for m in blocks.modules()}
         for norm in network.modules():
