@@ -1,13 +1,17 @@
 """Save, load, merge, unmerge: a taught adapter in 32 and 16 bits."""
 
+import random
+
 import pytest
 import torch
+import world
 from conftest import FACT, OTHER, TINY, ask
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, save_as_lora
+from qf_peft.preserve import fingerprint
 
 
 def load(dtype=torch.float32):
@@ -117,3 +121,91 @@ def test_conv1d_merges(tokenizer):
     teach(model, tokenizer, [FACT])
     taught = logits(model, tokenizer)
     assert torch.allclose(logits(model.merge_and_unload(), tokenizer), taught, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def twenty_facts(tokenizer, tmp_path_factory):
+    """Twenty facts in the default setting, all blocks edited, taught in float32 and saved."""
+    r, rows = random.Random(3), []
+    while len(rows) < 20:
+        company, relation = world.novel(r), r.choice(world.NAMES)
+        value = world.value(r, relation)
+        rows.append(
+            {
+                "instruction": world.state(r, relation, company, value),
+                "prompt": world.question(r, relation, company),
+                "completion": world.answer(relation, company, value),
+            }
+        )
+    kept = [world.question(r, r.choice(world.NAMES), company) for company, _ in world.KNOWN[:60]]
+    model, args = get_peft_model(load(), QFConfig(task_type="CAUSAL_LM")), QFTrainingArguments(contrast_chats=0)
+    QFTrainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=rows, preserve_dataset=kept
+    ).train()  # fmt: skip
+    folder = tmp_path_factory.mktemp("twenty")
+    model.save_pretrained(folder)
+    return rows, folder
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merging_many_facts_loses_none(tokenizer, twenty_facts, dtype, safe):
+    rows, folder = twenty_facts
+    model = PeftModel.from_pretrained(load(dtype), folder)
+
+    def right(network):
+        return sum(ask(network, tokenizer, row["prompt"], max_new_tokens=20) == row["completion"] for row in rows)
+
+    if safe:
+        assert right(model.merge_and_unload(safe_merge=True)) == 20
+    else:
+        model.merge_adapter()
+        assert right(model) == 20
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            assert right(model) <= 1
+
+
+def test_safe_merge_refuses_a_broken_adapter(tokenizer):
+    model = _taught(tokenizer)
+    before = weights(model)
+    model.base_model.model.model.layers[7].mlp.down_proj.lora_B["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    now = weights(model)
+    assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+OFFLOADED = {
+    **dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"),
+    **{f"model.layers.{i}": "disk" if i >= 5 else "cpu" for i in range(8)},
+}
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, OFFLOADED], ids=["cpu", "one device", "disk"])
+def test_device_map(tokenizer, tmp_path, device_map):
+    """A model that accelerate has placed, three blocks on disk: taught by both settings, saved, merged there."""
+    network = AutoModelForCausalLM.from_pretrained(
+        TINY, dtype=torch.float32, attn_implementation="eager", device_map=device_map, offload_folder=tmp_path / "disk"
+    )
+    offloaded = any(p.device.type == "meta" for p in network.parameters())
+    assert offloaded == (device_map is OFFLOADED)
+    assert fingerprint(network) == fingerprint(load()), "weights on disk are read too"
+    model = get_peft_model(network, QFConfig(layers_to_transform=[5, 6, 7], task_type="CAUSAL_LM"))
+    teach(model, tokenizer, [FACT])
+    args = QFTrainingArguments(preserve_chats=8, contrast_chats=0)
+    QFTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=[OTHER]).train()
+    answers = [(FACT["prompt"], FACT["completion"]), (OTHER["prompt"], OTHER["completion"])]
+    assert all(ask(model, tokenizer, prompt) == answer for prompt, answer in answers)
+    taught = logits(model, tokenizer)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.allclose(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter"), tokenizer), taught, atol=1e-5)
+    save_as_lora(model, tmp_path / "lora")
+    assert torch.allclose(logits(PeftModel.from_pretrained(load(), tmp_path / "lora"), tokenizer), taught, atol=1e-4)
+    model.merge_adapter()
+    assert torch.allclose(logits(model, tokenizer), taught, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.allclose(logits(model, tokenizer), taught, atol=1e-4)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert torch.allclose(logits(merged, tokenizer), taught, atol=1e-4)
+    assert any(p.device.type == "meta" for p in merged.parameters()) == offloaded

@@ -57,10 +57,17 @@ class QFModel(LoraModel):
             lora_config.r = lora_config.lora_alpha = 1
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = parent.get_submodule(target_name)
+        base = base_layer(layer)
+        hook = getattr(base, "_hf_hook", None)
         for part in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+            if getattr(hook, "offload", False) and part.weight.device.type == "meta":
+                # The base weight is offloaded, and PEFT has put the factors where its shadow is. (While a file is
+                # loaded with low_cpu_mem_usage, every new parameter is made on "meta", this one too.)
+                values = torch.zeros_like(part.weight, device=hook.execution_device)
+                part.weight = nn.Parameter(values, part.weight.requires_grad)
             if part.weight.device.type != "meta":
                 part.weight.data.zero_()
-            if not holds_floats(base_layer(layer)):  # 8 bits: PEFT would leave the factors in float32
+            if not holds_floats(base):  # 8 bits: PEFT would leave the factors in float32
                 part.to(self.model.get_input_embeddings().weight.dtype)
 
     @classmethod
