@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -18,6 +19,7 @@ from .blocks import base_layer, find_blocks, linear_shape, mlp_ends, split_path
 from .config import QFConfig
 from .loading import fit, hub_id, put_factors
 from .quantized import holds_floats, unpack
+from .rounding import rounded_change
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
 
@@ -80,16 +82,41 @@ class QFModel(LoraModel):
         """Leave the factors in the base model's dtype: PEFT raises them to float32 for an optimizer's sake only."""
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._unpack()
-        super().merge_adapter(*args, **kwargs)
+        """As in PEFT; a change is not lost in the rounding of 16-bit weights (see `rounding.py`)."""
+        with self._kept_in_rounding():
+            super().merge_adapter(*args, **kwargs)
 
     def unmerge_adapter(self) -> None:
-        self._unpack()
-        super().unmerge_adapter()
+        with self._kept_in_rounding(sign=-1):
+            super().unmerge_adapter()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with self._kept_in_rounding():
+            return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    @contextmanager
+    def _kept_in_rounding(self, sign: int = 1) -> Iterator[None]:
+        """For a while, `get_delta_weight` of layers of 16 bits gives what to add (or, by `sign`, to subtract) so that
+        the rounded sum changes as it should; and packed weights are brought back into the layout that PEFT reads."""
+
+        def kept(layer: Linear, adapter: str) -> Tensor:
+            weight = layer.get_base_layer().weight.data
+            a, b = layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data
+            delta = LowRankDelta(A=a.float(), B=b.float() * (sign * layer.scaling[adapter]))
+            if layer.fan_in_fan_out:
+                return sign * rounded_change(weight.T, delta).T
+            return sign * rounded_change(weight, delta)
+
         self._unpack()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        layers = [module for module in self.model.modules() if type(module) is Linear]  # no quantised ones
+        layers = [layer for layer in layers if layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16)]
+        for layer in layers:
+            layer.get_delta_weight = partial(kept, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.get_delta_weight
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._unpack()
