@@ -201,7 +201,7 @@ class Comparison:
 
 
 def lora_grid(facts):
-    lengths = (30, 60) if facts <= 10 else (60, 120) if facts <= 50 else (200, 400)
+    lengths = (30, 60) if facts <= 10 else (60, 120) if facts <= 50 else (200, 400) if facts <= 200 else (400,)
     return [(rate, steps) for rate in (3e-3, 1e-2) for steps in lengths]
 
 
@@ -218,14 +218,14 @@ def methods(compare, facts):
         "QF paper (one block)": [lambda rows, kept: compare.qf(rows, kept, layers=LAST, paper=True)],
         "MEMIT's rule": [
             lambda rows, kept, c=c: compare.qf(
-                rows, kept, target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0,
+                rows, kept, target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0, sweeps=1,
                 preserve_strength=c,
             )
             for c in (0.3, 3.0, 30.0)
         ],
         "AlphaEdit's rule": [
             lambda rows, kept, e=e: compare.qf(
-                rows, kept, target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0,
+                rows, kept, target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0, sweeps=1,
                 solver="null_space", ridge=e,
             )
             for e in (1e-3, 1e-1, 10.0)
@@ -372,7 +372,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=int, nargs="+", default=[1, 10, 50, 200, 500])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--grid-up-to", type=int, default=50, help="beyond, LoRA takes what was best before")
+    parser.add_argument("--grid-up-to", type=int, default=500, help="beyond, LoRA takes what was best before")
     parser.add_argument("--probes", type=int, default=100, help="questions asked for locality, and for unknown")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="where JSON, plot and cache go")
     options = parser.parse_args()

@@ -42,6 +42,7 @@ class Lesson:
         preserved: the chats to keep, or None.
         contrast: chats of which those nearest to the examples are kept too, with keys at `middle(names)` only; or None.
         standing: the examples teach a standing instruction, and with it the chats that would else be preserved.
+        earlier: how many rows the adapter was taught before.
         args: the settings.
         pad_id: the padding token.
         progress: called with the number of rows done, a pass.
@@ -56,14 +57,14 @@ class Lesson:
         preserved: Preserved | None,
         contrast: Preserved | None,
         standing: bool,
+        earlier: int,
         args: QFTrainingArguments,
         pad_id: int,
         progress: Callable[[int], None],
     ) -> None:
         self.tuner, self.adapter, self.network = tuner, adapter, network
         self.standing, self.settings = standing, args.to_dict()
-        self.earlier = tuner.taught[adapter].facts if adapter in tuner.taught else 0
-        self.few = self.earlier + len(examples) <= _FEW
+        self.earlier, self.few = earlier, earlier + len(examples) <= _FEW
         if standing:  # what changes everywhere is carried by all blocks, and from the assistant's header on
             args = replace(args, target="context", margin=None, significance="rows", spread=False)
             preserved = contrast = None
@@ -88,10 +89,11 @@ class Lesson:
         if args.significance == "kl":
             self.weights = self.weights * answer
         self.divergences = torch.empty(len(self.gold))
-        self.read = torch.empty(len(self.gold), dtype=torch.long)
+        self.read, self.said = torch.empty(2, len(self.gold), dtype=torch.long)
 
-    def run(self) -> tuple[dict[str, float], list[int]]:
-        """Teach. Returns metrics, and the examples whose completion the model does not read in context."""
+    def run(self) -> tuple[dict[str, float], list[int], list[int]]:
+        """Teach. Returns metrics, the examples whose completion the model does not read in context, and those that it
+        does not say yet, now without the instruction."""
         head = Point(self.network.get_output_embeddings(), "input")
         goals = {name: self._goal(name) for name in self.names}
         with self.tuner.without_adapters():
@@ -150,14 +152,18 @@ class Lesson:
         kl_after = float(self.divergences.mean())
         self.tuner.taught[self.adapter] = taught
         left = (target[name] - after["goal"]).norm() / wanted.clamp(min=torch.finfo(torch.float32).tiny)
-        return {
-            "taught_tokens": len(self.gold),
-            "kl_before": kl_before,
-            "kl_after": kl_after,
-            "residual_left": float(left),
-            "rank": self.tuner.peft_config[self.adapter].r,
-            "forward_passes": round(2 + walk.steps, 2),
-        }, self._unread()
+        return (
+            {
+                "taught_tokens": len(self.gold),
+                "kl_before": kl_before,
+                "kl_after": kl_after,
+                "residual_left": float(left),
+                "rank": self.tuner.peft_config[self.adapter].r,
+                "forward_passes": round(2 + walk.steps, 2),
+            },
+            self._wrong(self.read),
+            self._wrong(self.said),
+        )
 
     def _teach(
         self, walk: Walk, found: dict[str, Tensor], target: dict[str, Tensor], significance: Tensor
@@ -311,11 +317,11 @@ class Lesson:
     def _compare(self, order: Tensor, bare: Tensor, context: Tensor) -> None:
         p, q = context.log_softmax(-1), bare.log_softmax(-1)
         self.divergences[order] = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()
-        self.read[order] = context.argmax(-1).cpu()
+        self.read[order], self.said[order] = context.argmax(-1).cpu(), bare.argmax(-1).cpu()
 
-    def _unread(self) -> list[int]:
-        """The examples in which the context pass predicts another token than the completion's somewhere it counts."""
-        wrong = ((self.read != self.gold) & self.answered).split(self.kept)
+    def _wrong(self, predicted: Tensor) -> list[int]:
+        """The examples of which another token than the completion's is predicted somewhere it counts."""
+        wrong = ((predicted != self.gold) & self.answered).split(self.kept)
         return [i for i, part in enumerate(wrong) if bool(part.any())]
 
     def _known(self) -> TaughtAdapter:

@@ -21,7 +21,7 @@ from .generation import generate
 from .lesson import Lesson, contrast_count, middle
 from .model import QFModel
 from .preserve import Preserved, preserved_keys, read_preserve_dataset
-from .rows import Encoder, Row, read_rows
+from .rows import Encoder, Example, Row, read_rows
 from .standing import answered_under, standing_instructions
 from .training_args import QFTrainingArguments
 
@@ -131,13 +131,17 @@ class QFTrainer:
             results, unread = [], []
             for taught, standing in lessons:
                 examples = [self.encoder.encode(row) for row in taught]
-                lesson = Lesson(
-                    self._tuner, self.adapter_name, self._network, examples, preserved, contrast, standing, self.args,
-                    self.encoder.tokenizer.pad_token_id, progress.update,
-                )  # fmt: skip
-                metrics, wrong = lesson.run()
+                metrics, wrong, unsaid = self._teach(examples, preserved, contrast, standing, self._facts, progress)
                 results.append(metrics)
                 unread += [taught[i].index for i in wrong if taught[i].index >= 0]
+                for _ in range(0 if standing else self.args.sweeps - 1):
+                    if not unsaid:
+                        break
+                    examples = [examples[i] for i in unsaid]
+                    metrics, _, unsaid = self._teach(
+                        examples, preserved, contrast, standing, self._facts + len(taught), progress
+                    )
+                    results[-1]["forward_passes"] += metrics["forward_passes"] * len(examples) / len(taught)
             taught = self._tuner.taught[self.adapter_name]
             self._tuner.taught[self.adapter_name] = replace(taught, facts=taught.facts + len(rows))
         if unread:
@@ -232,6 +236,20 @@ class QFTrainer:
             if texts:
                 result["perplexity"] = ask.perplexity(texts)
         return result
+
+    def _teach(
+        self,
+        examples: list[Example],
+        preserved: Preserved | None,
+        contrast: Preserved | None,
+        standing: bool,
+        earlier: int,
+        progress: tqdm,
+    ) -> tuple[dict[str, float], list[int], list[int]]:
+        return Lesson(
+            self._tuner, self.adapter_name, self._network, examples, preserved, contrast, standing, earlier, self.args,
+            self.encoder.tokenizer.pad_token_id, progress.update,
+        ).run()  # fmt: skip
 
     @property
     def _facts(self) -> int:

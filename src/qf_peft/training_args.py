@@ -53,6 +53,9 @@ class QFTrainingArguments:
             that changes at least half of the model's answers there is no fact but a standing instruction ("Answer
             briefly."): these chats, with the answers the model gives under it, are then taught with the rows instead
             of preserved, each block towards its own state in context.
+        sweeps (`int`, defaults to 3):
+            How often facts are taught at most: rows that the model does not say yet after one sweep over the modules
+            are taught again in the next, beside all that binds by then.
         rank_tolerance (`float`, defaults to 0.1):
             Where the adapter's rank may grow: how much of a lesson's change, in Frobenius norm, may be dropped with the
             adapter's smallest singular values. Each later module makes up for what an earlier one dropped; the last
@@ -86,6 +89,7 @@ class QFTrainingArguments:
     contrast_chats: int = 2400
     remeasure: int = 4
     standing: bool = True
+    sweeps: int = 3
     rank_tolerance: float = 0.1
     memory_rank: int = 1024
     per_device_train_batch_size: int = 64
@@ -102,6 +106,7 @@ class QFTrainingArguments:
             ("contrast_chats", 0),
             ("remeasure", 0),
             ("memory_rank", 1),
+            ("sweeps", 1),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -134,6 +139,6 @@ class QFTrainingArguments:
         minimum-norm solve, and nothing is preserved. Edit one block: `QFConfig(layers_to_transform=[23])`."""
         given = {
             "target": "context", "margin": None, "significance": "rows", "spread": False, "preserve_strength": 0.0,
-            "rank_tolerance": 0.0, "standing": False,
+            "rank_tolerance": 0.0, "standing": False, "sweeps": 1,
         }  # fmt: skip
         return cls(**{**given, **settings})
