@@ -7,6 +7,7 @@ register()
 from .card import model_card  # noqa: E402
 from .config import QFConfig  # noqa: E402
 from .hub import push_to_hub  # noqa: E402
+from .joining import interference, merge_taught  # noqa: E402
 from .model import QFModel  # noqa: E402
 from .portable import save_as_lora  # noqa: E402
 from .portable_check import check_portable  # noqa: E402
@@ -14,6 +15,6 @@ from .trainer import QFTrainer  # noqa: E402
 from .training_args import QFTrainingArguments  # noqa: E402
 
 __all__ = [
-    "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "check_portable", "model_card", "push_to_hub",
-    "save_as_lora",
+    "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "check_portable", "interference", "merge_taught",
+    "model_card", "push_to_hub", "save_as_lora",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from peft import PeftModel, PeftModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .blocks import split_path
+from .checks import qf_adapter
 from .evaluation import Metric
 from .loading import hub_id
 from .model import QFModel
@@ -144,24 +145,6 @@ def save_card(card: ModelCard, folder: str | Path) -> None:
     temporary = path.with_name(".README.md.part")
     card.save(temporary)
     temporary.replace(path)
-
-
-def qf_adapter(model: Any, adapter_name: str | None = None) -> str:
-    """The name of a QF adapter of the model: the one given, or the active one.
-
-    Raises:
-        ValueError: the model has no such adapter, or it is not a QF adapter.
-    """
-    if not isinstance(model, PeftModel) or not isinstance(model.base_model, QFModel):
-        raise ValueError(f"model is a {type(model).__name__} without a QF adapter; expected a PeftModel with one")
-    active = model.active_adapters
-    if adapter_name is None and len(active) != 1:
-        raise ValueError(f"{len(active)} adapters are active ({active}); give adapter_name")
-    adapter = adapter_name if adapter_name is not None else active[0]
-    kind = getattr(model.peft_config.get(adapter), "peft_type", None)
-    if kind != "QF":
-        raise ValueError(f"adapter_name={adapter!r} is no QF adapter of the model, which has {list(model.peft_config)}")
-    return adapter
 
 
 def base_model_id(model: PeftModel, adapter: str, given: str | None = None) -> str | None:

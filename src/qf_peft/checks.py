@@ -37,6 +37,24 @@ def active_qf_adapter(model: Any) -> str:
     return active[0]
 
 
+def qf_adapter(model: Any, adapter_name: str | None = None) -> str:
+    """The name of a QF adapter of the model: the one given, or the active one.
+
+    Raises:
+        ValueError: the model has no such adapter, or it is not a QF adapter.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, QFModel):
+        raise ValueError(f"model is a {type(model).__name__} without a QF adapter; expected a PeftModel with one")
+    active = model.active_adapters
+    if adapter_name is None and len(active) != 1:
+        raise ValueError(f"{len(active)} adapters are active ({active}); give adapter_name")
+    adapter = adapter_name if adapter_name is not None else active[0]
+    kind = getattr(model.peft_config.get(adapter), "peft_type", None)
+    if kind != "QF":
+        raise ValueError(f"adapter_name={adapter!r} is no QF adapter of the model, which has {list(model.peft_config)}")
+    return adapter
+
+
 def portable_adapter(model: Any, name: str | None) -> str:
     """The name of the QF adapter to write out: the one named, or the one that is active.
 

@@ -17,7 +17,8 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.utils import logging
 
-from .card import base_model_id, model_card, qf_adapter, save_card
+from .card import base_model_id, model_card, save_card
+from .checks import qf_adapter
 from .evaluation import Metric
 from .portable import save_as_lora
 

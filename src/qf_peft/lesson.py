@@ -15,7 +15,8 @@ from .blocks import find_blocks, split_path
 from .capture import Point, forward_pass
 from .model import QFModel
 from .moments import SecondMoment
-from .preserve import Preserved, answer_starts, nearest, nearness
+from .preserve import Preserved, answer_starts, nearness
+from .preserved_walk import FEW, PreservedWalk, middle
 from .rows import Example
 from .solve import LowRankDelta, minimum_norm, null_space, preserving
 from .statistics import TaughtAdapter, TaughtTokens
@@ -28,7 +29,6 @@ logger = logging.get_logger(__name__)
 
 _FLOOR, _CEILING = 0.02, 5.0  # of a token's significance by KL
 _STANDING_RIDGE = 0.1  # of a standing instruction's solve, over the significance times the keys' mean square
-_FEW = 10  # rows, up to which what an adapter is taught disturbs only what lies nearest to it
 _NULL = 1e-2  # AlphaEdit's threshold of a null direction, relative to the mean eigenvalue
 
 
@@ -64,7 +64,7 @@ class Lesson:
     ) -> None:
         self.tuner, self.adapter, self.network = tuner, adapter, network
         self.standing, self.settings = standing, args.to_dict()
-        self.earlier, self.few = earlier, earlier + len(examples) <= _FEW
+        self.earlier, self.few = earlier, earlier + len(examples) <= FEW
         if standing:  # what changes everywhere is carried by all blocks, and from the assistant's header on
             args = replace(args, target="context", margin=None, significance="rows", spread=False)
             preserved = contrast = None
@@ -196,7 +196,7 @@ class Lesson:
                 if self.preserved is not None:
                     if chats is None:
                         begins = answer_starts(self.kept) + torch.tensor([e.header for e in self.examples])
-                        chats = _PreservedWalk(self, found["middle"][begins], self.few)
+                        chats = PreservedWalk(self, found["middle"][begins], self.few)
                     near = chats.keys(name)
                 delta = self._solve_beside(name, new, near, known)
             self.tuner.install(self.adapter, {name: delta})
@@ -344,59 +344,3 @@ class Lesson:
             for part in (known.tokens, known.offset, known.delta):
                 part.pop(name, None)
         return known
-
-
-class _PreservedWalk:
-    """The preserved chats' keys at one module after the other.
-
-    The nearest chats' are measured again behind every edited block; the others' are those of the base weights.
-    """
-
-    def __init__(self, lesson: Lesson, taught: Tensor, few: bool) -> None:
-        """`taught`: (examples, d_in), the examples' keys at the middle module where their answers begin."""
-        preserved, self.lesson = lesson.preserved, lesson
-        self.first, name = lesson.names[0], middle(lesson.names)
-        taught = taught.cpu()
-        starts = preserved.keys[name][answer_starts(preserved.kept)]
-        count = 0 if few else lesson.args.remeasure * len(lesson.examples)
-        again = sorted(nearest(starts, taught, count))
-        mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
-        mask[again] = True
-        self.still = ~mask[preserved.owners]
-        sequences, kept = [preserved.sequences[i] for i in again], [preserved.kept[i] for i in again]
-        if lesson.contrast is not None:
-            count = contrast_count(len(lesson.examples), lesson.earlier, len(lesson.contrast.kept))
-            prompts = {tuple(e.bare_ids[: len(e.bare_ids) - e.taught + e.header]) for e in lesson.examples}
-            for i in nearest(lesson.contrast.keys[name], taught, count):
-                ids, answer = lesson.contrast.sequences[i], lesson.contrast.kept[i]
-                if tuple(ids[: len(ids) - answer]) not in prompts:
-                    sequences.append(ids)
-                    kept.append(answer)
-        self.walk = None
-        if sequences:
-            options = {**lesson.options, "progress": lambda n: None}
-            index = lesson.index[self.first]
-            self.walk = Walk(lesson.network, lesson.blocks, index, sequences, kept, **options)
-            self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")})["keys"]
-
-    def keys(self, name: str) -> Tensor:
-        """(m, d_in) float32."""
-        lesson = self.lesson
-        cached = lesson.preserved.keys[name][self.still].float()
-        if self.walk is None:
-            return cached
-        if name != self.first:
-            self.walk.advance(lesson.index[name])
-            self.found = self.walk.look(self.walk.at, {"keys": Point(lesson.layers[name], "input")})["keys"]
-        return torch.cat([self.found, cached.to(self.found.device)])
-
-
-def middle(names: list[str]) -> str:
-    """The module at whose keys chats are compared: early enough to tell subjects, late enough to have read them."""
-    return names[len(names) // 2]
-
-
-def contrast_count(rows: int, earlier: int, pool: int) -> int:
-    """How many contrasting chats so many taught rows need beside those taught earlier: none for the first ten rows,
-    where they cost paraphrases, then 12 a row, and at most a third of the pool."""
-    return min(pool // 3, 12 * max(0, min(rows, earlier + rows - _FEW)))

@@ -54,6 +54,19 @@ class SecondMoment:
         self.matrix = self.matrix.to(rows.device).add_(rows.T @ rows)
         return self
 
+    def add(self, other: SecondMoment) -> SecondMoment:
+        """Add another's content, its floor too. Returns itself."""
+        if other.root is not None:
+            self.update(other.root)
+        else:
+            if self.matrix is None:
+                root = self.root.to(other.matrix.device).double()
+                self.matrix, self.root = root.T @ root, None
+            self.matrix = self.matrix + other.matrix.to(self.matrix.device)
+        self.count += other.count - (other.root.shape[0] if other.root is not None else 0)
+        self.floor += other.floor
+        return self
+
     def copy(self) -> SecondMoment:
         """Another of the same content; updating one leaves the other."""
         twin = SecondMoment(self.width)

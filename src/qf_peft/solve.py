@@ -9,6 +9,7 @@ Factorisations are done in float64: they are small, and nearly equal keys are th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -218,6 +219,40 @@ def null_space(
         inside.root, inside.matrix = None, projected(half.T)
     y = projected(keys).to(keys.dtype)
     return preserving(y, residual, inside, 1.0, bound.floor, significance)
+
+
+def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> LowRankDelta:
+    """The minimiser of Σ_i tr((ΔW − ΔW_i) P_i (ΔW − ΔW_i)ᵀ): ΔW = (Σ ΔW_i P_i) (Σ P_i)⁻¹.
+
+    Where each ΔW_i minimises a least squares whose curvature is P_i, this minimises their sum: RegMean (Jin et al.,
+    arXiv 2212.09849), which is Fisher merging (Matena and Raffel, arXiv 2111.09832) with the whole matrix.
+
+    Args:
+        deltas: the changes ΔW_i.
+        bounds: P_i, each with its `floor` > 0 on the diagonal.
+
+    Returns:
+        Factors of equal norm, in float32.
+
+    Raises:
+        ValueError: there are none, or their numbers or widths differ.
+    """
+    if not deltas or len(deltas) != len(bounds) or len({bound.width for bound in bounds}) != 1:
+        raise ValueError(f"{len(deltas)} changes and {len(bounds)} moments of widths {[b.width for b in bounds]}")
+    total = SecondMoment(bounds[0].width)
+    for bound in bounds:
+        total.add(bound)
+    rows = []
+    for delta, bound in zip(deltas, bounds, strict=True):
+        a = delta.A.double()
+        if bound.matrix is not None:
+            weighed = a @ bound.matrix.to(a.device)
+        else:
+            root = bound.root.to(a.device).double()
+            weighed = (a @ root.T) @ root
+        rows.append(weighed + bound.floor * a)
+    a = _apply_inverse(total, 1.0, total.floor, torch.cat(rows))
+    return LowRankDelta(A=a, B=torch.cat([delta.B.double() for delta in deltas], dim=1)).compressed().to(torch.float32)
 
 
 def _weighted(keys: Tensor, residual: Tensor, significance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,10 @@ from .blocks import text_config
 from .checks import active_qf_adapter, check_teachable
 from .evaluation import Evaluator, Metric, normalise, paraphrase_rows, prompt_rows, proportion
 from .generation import generate
-from .lesson import Lesson, contrast_count, middle
+from .lesson import Lesson
 from .model import QFModel
 from .preserve import Preserved, preserved_keys, read_preserve_dataset
+from .preserved_walk import contrast_count, middle
 from .rows import Encoder, Example, Row, read_rows
 from .standing import answered_under, standing_instructions
 from .training_args import QFTrainingArguments

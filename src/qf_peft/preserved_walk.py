@@ -1,0 +1,73 @@
+"""The preserved chats of one lesson: which are kept, and their keys as the edits before have left them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .capture import Point
+from .preserve import answer_starts, nearest
+from .walk import Walk
+
+if TYPE_CHECKING:
+    from .lesson import Lesson
+
+FEW = 10  # rows, up to which what an adapter is taught disturbs only what lies nearest to it
+
+
+class PreservedWalk:
+    """The preserved chats' keys at one module after the other.
+
+    The nearest chats' are measured again behind every edited block; the others' are those of the base weights.
+    """
+
+    def __init__(self, lesson: Lesson, taught: Tensor, few: bool) -> None:
+        """`taught`: (examples, d_in), the examples' keys at the middle module where their answers begin."""
+        preserved, self.lesson = lesson.preserved, lesson
+        self.first, name = lesson.names[0], middle(lesson.names)
+        taught = taught.cpu()
+        starts = preserved.keys[name][answer_starts(preserved.kept)]
+        count = 0 if few else lesson.args.remeasure * len(lesson.examples)
+        again = sorted(nearest(starts, taught, count))
+        mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
+        mask[again] = True
+        self.still = ~mask[preserved.owners]
+        sequences, kept = [preserved.sequences[i] for i in again], [preserved.kept[i] for i in again]
+        if lesson.contrast is not None:
+            count = contrast_count(len(lesson.examples), lesson.earlier, len(lesson.contrast.kept))
+            prompts = {tuple(e.bare_ids[: len(e.bare_ids) - e.taught + e.header]) for e in lesson.examples}
+            for i in nearest(lesson.contrast.keys[name], taught, count):
+                ids, answer = lesson.contrast.sequences[i], lesson.contrast.kept[i]
+                if tuple(ids[: len(ids) - answer]) not in prompts:
+                    sequences.append(ids)
+                    kept.append(answer)
+        self.walk = None
+        if sequences:
+            options = {**lesson.options, "progress": lambda n: None}
+            index = lesson.index[self.first]
+            self.walk = Walk(lesson.network, lesson.blocks, index, sequences, kept, **options)
+            self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")})["keys"]
+
+    def keys(self, name: str) -> Tensor:
+        """(m, d_in) float32."""
+        lesson = self.lesson
+        cached = lesson.preserved.keys[name][self.still].float()
+        if self.walk is None:
+            return cached
+        if name != self.first:
+            self.walk.advance(lesson.index[name])
+            self.found = self.walk.look(self.walk.at, {"keys": Point(lesson.layers[name], "input")})["keys"]
+        return torch.cat([self.found, cached.to(self.found.device)])
+
+
+def middle(names: list[str]) -> str:
+    """The module at whose keys chats are compared: early enough to tell subjects, late enough to have read them."""
+    return names[len(names) // 2]
+
+
+def contrast_count(rows: int, earlier: int, pool: int) -> int:
+    """How many contrasting chats so many taught rows need beside those taught earlier: none for the first ten rows,
+    where they cost paraphrases, then 12 a row, and at most a third of the pool."""
+    return min(pool // 3, 12 * max(0, min(rows, earlier + rows - FEW)))
