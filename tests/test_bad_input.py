@@ -65,7 +65,7 @@ def test_missing_arguments(model, tokenizer):
     with pytest.raises(ValueError, match="processing_class is missing; give the model's tokenizer"):
         QFTrainer(model=model, train_dataset=[FACT])
     with pytest.raises(ValueError, match="train_dataset is missing"):
-        QFTrainer(model=model, processing_class=tokenizer)
+        QFTrainer(model=model, processing_class=tokenizer).train()
     with pytest.raises(ValueError, match="args is a dict; expected QFTrainingArguments"):
         QFTrainer(model=model, args={}, processing_class=tokenizer, train_dataset=[FACT])
     for name in ("per_device_train_batch_size", "max_new_tokens"):

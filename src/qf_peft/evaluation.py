@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,6 +132,45 @@ class Evaluator:
             batch_size=self.batch_size, pad_id=self.encoder.tokenizer.pad_token_id,
         )  # fmt: skip
         return float(values.double().mean().exp())
+
+
+def measure(
+    ask: Evaluator,
+    rows: Sequence[Row],
+    others: Sequence[Row],
+    kept: Mapping[str, Sequence[Row]],
+    texts: Sequence[str],
+    base: Callable[[], AbstractContextManager],
+) -> dict[str, Metric | float]:
+    """What `QFTrainer.evaluate` returns: the taught `rows`, their paraphrases `others`, the questions `kept` by name
+    and the texts, asked of the model as it is and as it is in the context `base()`, without adapters."""
+    with base():
+        result: dict[str, Metric | float] = {"in_context": ask.right(rows, instructed=True)}
+        before = {name: ask.answers(asked) for name, asked in kept.items()}
+        quiet = [
+            replace(row, completion=answer)
+            for name, asked in kept.items()
+            for row, answer in zip(asked, before[name], strict=True)
+            if answer
+        ]
+        bare = ask.head_inputs(quiet) if quiet else None
+        if texts:
+            result["perplexity_before"] = ask.perplexity(texts)
+    result["recall"] = ask.right(rows)
+    if others:
+        result["paraphrase"] = ask.right(others)
+    for name, asked in kept.items():
+        now = ask.answers(asked)
+        right = [
+            a is not None and a == b and (r.completion is None or a == normalise(r.completion))
+            for a, b, r in zip(now, before[name], asked, strict=True)
+        ]
+        result[name] = proportion(right)
+    if bare is not None:
+        result["kl"] = ask.divergence(quiet, bare)
+    if texts:
+        result["perplexity"] = ask.perplexity(texts)
+    return result
 
 
 def paraphrase_rows(rows: Sequence[Row], dataset: Iterable[Any]) -> list[Row]:

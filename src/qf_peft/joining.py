@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from .checks import qf_adapter
+from .ledger import joined
 from .model import QFModel
 from .moments import SecondMoment
 from .solve import jointly, minimum_norm
@@ -82,7 +83,15 @@ def merge_taught(model: PeftModel, adapters: Sequence[str], adapter_name: str) -
     bounds = {name: _bounds(tuner, name) for name in names}
     taught = {name: tuner.taught[name] for name in names}
     tuner.add_weighted_adapter(names, [1.0] * len(names), adapter_name, combination_type="cat")
-    merged = TaughtAdapter(facts=sum(taught[name].facts for name in names), settings=taught[names[-1]].settings)
+    entries, foundation = (), {}
+    for name in names:
+        entries = joined(entries, taught[name].entries)
+        for module, delta in taught[name].foundation.items():
+            foundation[module] = foundation[module] + delta if module in foundation else delta
+    merged = TaughtAdapter(
+        entries=entries, rehearsed=len(entries), foundation=foundation, settings=taught[names[-1]].settings,
+        styled=any(taught[name].styled for name in names),
+    )  # fmt: skip
     deltas = {}
     for module in tuner.layers(adapter_name):
         holders = [name for name in names if module in bounds[name]]

@@ -201,7 +201,8 @@ class Lesson:
                 delta = self._solve_beside(name, new, near, known)
             self.tuner.install(self.adapter, {name: delta})
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
-        return replace(known, installed=installed, settings=self.settings), wanted
+        styled = known.styled or self.standing
+        return replace(known, installed=installed, settings=self.settings, styled=styled), wanted
 
     def _solve_anew(self, name: str, new: TaughtTokens, known: TaughtAdapter) -> LowRankDelta:
         """The smallest change that says all that was taught, of a module where nothing is preserved."""
@@ -237,9 +238,13 @@ class Lesson:
             if self.args.solver == "null_space":
                 moment = SecondMoment(width).update(preserved, weights)
                 change = null_space(new.keys, new.residual, moment, _NULL, bound, new.significance)
-            else:
-                bound.update(preserved, weights * strength)
-        if preserved is None or self.args.solver == "preserving":
+            else:  # preserved keys are taught to have the base weights' outputs: what earlier lessons moved comes back
+                keys = preserved.to(new.keys)
+                moved = 0 * before(keys) if known.styled else before(keys)
+                both = new + TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
+                change = preserving(both.keys, both.residual, bound, 1.0, bound.floor, both.significance)
+                bound.update(keys, weights * strength)
+        if preserved is None:
             change = preserving(new.keys, new.residual, bound, 1.0, bound.floor, new.significance)
         config = self.tuner.peft_config[self.adapter]
         # The last module's loss would not be made up for by another.
@@ -326,21 +331,42 @@ class Lesson:
 
     def _known(self) -> TaughtAdapter:
         """What the adapter was taught, as copies to be changed; without what its weights no longer hold."""
-        known = self.tuner.taught.get(self.adapter, TaughtAdapter())
-        known = replace(
-            known,
-            tokens=dict(known.tokens),
-            offset=dict(known.offset),
-            bound=dict(known.bound),
-            delta=dict(known.delta),
-        )
-        changed = [n for n in self.names if not known.holds(n, self.tuner.factors(self.adapter, n))]
-        for name in changed:
-            if name in known.tokens or name in known.delta:
+        known = self.tuner.taught.get(self.adapter)
+        present = {name: self.tuner.factors(self.adapter, name) for name in self.names}
+        changed = [name for name in self.names if known is not None and not known.holds(name, present[name])]
+        if known is None or changed:
+            if changed:
                 logger.warning(
-                    f"the weights of {name} were changed since they were taught; they are kept and taught on"
+                    f"the weights of {changed[0]} were changed since they were taught; they are kept and taught on"
                 )
-                known = replace(known, facts=0)
-            for part in (known.tokens, known.offset, known.delta):
-                part.pop(name, None)
-        return known
+            held = {name: self.tuner.delta(self.adapter, name) for name in self.names}
+            foundation = {name: delta for name, delta in held.items() if delta.A.any() and delta.B.any()}
+            bound = {} if known is None else known.bound
+            known = TaughtAdapter(foundation=foundation, bound={**bound})
+        parts = ("tokens", "offset", "bound", "delta")
+        return replace(known, **{part: dict(getattr(known, part)) for part in parts})
+
+
+def together(results: list[dict[str, float]]) -> dict[str, float]:
+    """Several lessons' metrics as one's: tokens and passes summed, divergences averaged over the tokens."""
+    tokens = [metrics["taught_tokens"] for metrics in results]
+    merged = dict(results[-1])
+    for name in ("kl_before", "kl_after", "residual_left"):
+        merged[name] = sum(n * metrics[name] for n, metrics in zip(tokens, results, strict=True)) / sum(tokens)
+    merged["taught_tokens"] = sum(tokens)
+    merged["forward_passes"] = round(sum(metrics["forward_passes"] for metrics in results), 2)
+    return merged
+
+
+@torch.no_grad()
+def unsaid(network: nn.Module, examples: list[Example], **options: Any) -> list[int]:
+    """The examples of which the model, as it is, predicts another token than the completion's somewhere."""
+    gold = torch.tensor([token for e in examples for token in e.targets])
+    answer = torch.tensor([k >= e.header for e in examples for k in range(e.taught)])
+    kept, wrong = [e.taught for e in examples], torch.empty(len(gold), dtype=torch.bool)
+
+    def compare(order: Tensor, logits: Tensor, _: Tensor) -> None:
+        wrong[order] = (logits.argmax(-1).cpu() != gold[order]) & answer[order]
+
+    forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)
+    return [i for i, part in enumerate(wrong.split(kept)) if bool(part.any())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,16 @@ from .statistics import TaughtAdapter
 logger = logging.get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Version:
+    """An adapter at one time."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """By module name: A (r, d_in) and B (d_out, r)."""
+    scaling: dict[str, float]
+    taught: TaughtAdapter | None
+
+
 class QFModel(LoraModel):
     """
     The tuner behind [`QFConfig`]: `get_peft_model(model, QFConfig(...)).base_model`.
@@ -36,11 +46,12 @@ class QFModel(LoraModel):
     """
 
     taught: dict[str, TaughtAdapter]
+    versions: dict[str, list[Version]]
     _combining = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.taught = {}
+        self.taught, self.versions = {}, {}
 
     def _prepare_adapter_config(self, peft_config: QFConfig, model_config: Any) -> QFConfig:
         if peft_config.target_modules is None:
@@ -210,6 +221,7 @@ class QFModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.taught.pop(adapter_name, None)
+        self.versions.pop(adapter_name, None)
 
     def layers(self, adapter_name: str) -> dict[str, LoraLayer]:
         """The layers that carry the adapter, by module name, in the order of the blocks."""
@@ -247,12 +259,39 @@ class QFModel(LoraModel):
             factors[name] = padded((delta.A.to(a), delta.B.to(b)), rank)
         self.set_factors(adapter_name, factors)
 
+    def clear(self, adapter_name: str) -> None:
+        """Make an adapter zero."""
+        rank = 1 if self.peft_config[adapter_name].grows else self.peft_config[adapter_name].r
+        present = {name: self.factors(adapter_name, name) for name in self.layers(adapter_name)}
+        self.set_factors(
+            adapter_name,
+            {n: (a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)) for n, (a, b) in present.items()},
+        )
+
     def set_factors(self, adapter_name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Replace the factors of every module of an adapter by those given, all of one rank."""
         layers = self.layers(adapter_name)
         for name, (a, b) in factors.items():
             put_factors(layers[name], adapter_name, a, b)
             self.peft_config[adapter_name].r = self.peft_config[adapter_name].lora_alpha = a.shape[0]
+
+    def version(self, adapter_name: str) -> Version:
+        """An adapter as it is now, to be put back by `restore`."""
+        layers = self.layers(adapter_name)
+        return Version(
+            {name: self.factors(adapter_name, name) for name in layers},
+            {name: layer.scaling[adapter_name] for name, layer in layers.items()},
+            self.taught.get(adapter_name),
+        )
+
+    def restore(self, adapter_name: str, version: Version) -> None:
+        """Make an adapter what it was, bit for bit."""
+        self.set_factors(adapter_name, version.factors)
+        for name, scaling in version.scaling.items():
+            self.layers(adapter_name)[name].scaling[adapter_name] = scaling
+        self.taught.pop(adapter_name, None)
+        if version.taught is not None:
+            self.taught[adapter_name] = version.taught
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:

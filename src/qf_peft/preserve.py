@@ -64,13 +64,15 @@ class Preserved:
 
 
 @dataclass(frozen=True)
-class _Chat:
+class Chat:
+    """A chat to be preserved: a prompt and perhaps its answer, or plain text."""
+
     prompt: list[dict[str, str]] | str | None
     completion: str | None = None
     text: str | None = None
 
 
-def read_preserve_dataset(dataset: Iterable[Any]) -> list[_Chat]:
+def read_preserve_dataset(dataset: Iterable[Any]) -> list[Chat]:
     """Check a preserve dataset: prompts (strings), or rows with `prompt`, `messages` or plain `text`.
 
     Raises:
@@ -91,7 +93,7 @@ def read_preserve_dataset(dataset: Iterable[Any]) -> list[_Chat]:
             answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
             if not messages:
                 raise ValueError(f"{where}: messages has no prompt before the assistant's answer")
-            chats.append(_Chat(messages, answer))
+            chats.append(Chat(messages, answer))
         elif "prompt" in row:
             prompt, answer = row["prompt"], row.get("completion")
             prompt = prompt if isinstance(prompt, str) else read_messages(prompt, f"{where}: prompt")
@@ -99,9 +101,9 @@ def read_preserve_dataset(dataset: Iterable[Any]) -> list[_Chat]:
                 answer = read_messages(answer, f"{where}: completion")[-1]["content"]
             if not prompt or (isinstance(prompt, str) and not prompt.strip()):
                 raise ValueError(f"{where}: prompt is empty")
-            chats.append(_Chat(prompt, answer))
+            chats.append(Chat(prompt, answer))
         elif isinstance(row.get("text"), str) and row["text"].strip():
-            chats.append(_Chat(None, text=row["text"]))
+            chats.append(Chat(None, text=row["text"]))
         else:
             raise ValueError(f"{where} has the columns {sorted(row)}; expected 'prompt', 'messages' or 'text'")
     if not chats:
@@ -111,7 +113,7 @@ def read_preserve_dataset(dataset: Iterable[Any]) -> list[_Chat]:
 
 def write_chats(
     network: nn.Module, encoder: Encoder, count: int, batch_size: int, seed: int, progress: Callable[[int], None]
-) -> list[_Chat]:
+) -> list[Chat]:
     """User turns that the model writes itself, sampled after the template's user header (Magpie, arXiv 2406.08464).
 
     Duplicates and turns that do not end are dropped; where less than half are left, or there is no chat template,
@@ -133,14 +135,14 @@ def write_chats(
         turns = list(dict.fromkeys(text for text, ended in answers if ended and text))[:count]
     if len(turns) < count / 2:
         turns += [p for p in GENERIC_PROMPTS if p not in turns]
-    return [_Chat(turn) for turn in turns]
+    return [Chat(turn) for turn in turns]
 
 
 def preserved_keys(
     network: nn.Module,
     encoder: Encoder,
     modules: Mapping[str, nn.Module],
-    chats: list[_Chat],
+    chats: list[Chat],
     own: int = 0,
     *,
     starts_only: bool = False,
@@ -191,7 +193,7 @@ def _measure(
     network: nn.Module,
     encoder: Encoder,
     modules: Mapping[str, nn.Module],
-    chats: list[_Chat],
+    chats: list[Chat],
     starts_only: bool,
     batch_size: int,
     progress: Callable[[int], None],

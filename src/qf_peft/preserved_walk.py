@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .capture import Point
-from .preserve import answer_starts, nearest
+from .model import QFModel
+from .preserve import Chat, Preserved, answer_starts, nearest, preserved_keys
+from .rows import Encoder
+from .training_args import QFTrainingArguments
 from .walk import Walk
 
 if TYPE_CHECKING:
@@ -71,3 +75,35 @@ def contrast_count(rows: int, earlier: int, pool: int) -> int:
     """How many contrasting chats so many taught rows need beside those taught earlier: none for the first ten rows,
     where they cost paraphrases, then 12 a row, and at most a third of the pool."""
     return min(pool // 3, 12 * max(0, min(rows, earlier + rows - FEW)))
+
+
+def preserved_chats(
+    tuner: QFModel,
+    adapter: str,
+    network: nn.Module,
+    encoder: Encoder,
+    chats: list[Chat] | None,
+    args: QFTrainingArguments,
+    rows: int,
+    earlier: int,
+    progress: Callable[[int], None],
+) -> tuple[Preserved | None, Preserved | None]:
+    """The chats whose answers must stay with their keys (`chats`, or the model's own), and those of which a lesson of
+    `rows` rows after `earlier` ones takes the nearest besides."""
+    if args.preserve_strength == 0:
+        return None, None
+    contrast, layers = None, tuner.layers(adapter)
+    options = {
+        "batch_size": args.per_device_train_batch_size, "seed": args.seed, "cache_dir": args.cache_dir,
+        "progress": progress,
+    }  # fmt: skip
+    own = 0 if chats is not None else args.preserve_chats
+    with tuner.without_adapters():
+        preserved = preserved_keys(network, encoder, layers, chats or [], own, **options)
+        if contrast_count(rows, earlier, args.contrast_chats):
+            name = middle(list(layers))
+            options["seed"] += 1  # other chats than those preserved
+            contrast = preserved_keys(
+                network, encoder, {name: layers[name]}, [], args.contrast_chats, starts_only=True, **options
+            )
+    return preserved, contrast

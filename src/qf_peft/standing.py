@@ -15,6 +15,16 @@ Ask = Callable[[list[Row], bool], list[tuple[str, bool]]]
 """Rows, and whether with their instructions → the model's own answer to each, and whether it ended."""
 
 
+def split_lessons(rows: Sequence[Row], prompts: Sequence[Text], ask: Ask) -> list[tuple[list[Row], bool]]:
+    """The rows in the lessons they are taught in, and whether it is a standing instruction's, with preserved `prompts`
+    answered under it behind the rows. What changes everything comes first, so that facts are solved on top of it."""
+    groups = standing_instructions(rows, prompts, ask)
+    stands = {id(row) for group in groups for row in group}
+    facts = [row for row in rows if id(row) not in stands]
+    lessons = [(group + answered_under(group, prompts, ask), True) for group in groups]
+    return lessons + ([(facts, False)] if facts else [])
+
+
 def standing_instructions(rows: Sequence[Row], prompts: Sequence[Text], ask: Ask) -> list[list[Row]]:
     """The rows whose instruction stands, one list for each such instruction.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ledger import Entry
 from .moments import SecondMoment
 from .solve import LowRankDelta
 
@@ -46,10 +47,21 @@ class TaughtAdapter:
     """By module name, beside `bound`: the change in float32, before it was rounded to the adapter's dtype."""
     installed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By module name: the factors A and B that the solve put into the adapter, to notice a change by others."""
-    facts: int = 0
-    """How many rows were taught."""
+    entries: tuple[Entry, ...] = ()
+    """What was taught, in order."""
+    rehearsed: int = 0
+    """How many entries there were when all were last seen to."""
+    styled: bool = False
+    """Whether a standing instruction was taught: preserved chats then stay as they are, not as the base model's."""
+    foundation: dict[str, LowRankDelta] = field(default_factory=dict)
+    """By module name: the change that the adapter held before the first entry (a loaded file's, say), if any."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The last lesson's settings, as `QFTrainingArguments.to_dict` gives them."""
+
+    @property
+    def facts(self) -> int:
+        """How many rows were taught."""
+        return len(self.entries)
 
     def holds(self, name: str, present: tuple[Tensor, Tensor]) -> bool:
         """Whether a module's present factors A (r, d_in) and B (d_out, r) are those that the solve put there, but for

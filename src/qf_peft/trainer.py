@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,17 +16,20 @@ from transformers.utils import logging
 
 from .blocks import text_config
 from .checks import active_qf_adapter, check_teachable
-from .evaluation import Evaluator, Metric, normalise, paraphrase_rows, prompt_rows, proportion
+from .evaluation import Evaluator, Metric, measure, paraphrase_rows, prompt_rows
 from .generation import generate
-from .lesson import Lesson
+from .ledger import Entry, asked, check_consistent, entry, joined
+from .lesson import Lesson, together, unsaid
 from .model import QFModel
-from .preserve import Preserved, preserved_keys, read_preserve_dataset
-from .preserved_walk import contrast_count, middle
-from .rows import Encoder, Example, Row, read_rows
-from .standing import answered_under, standing_instructions
+from .preserve import Preserved, read_preserve_dataset
+from .preserved_walk import preserved_chats
+from .rows import Encoder, Row, read_rows
+from .standing import split_lessons
 from .training_args import QFTrainingArguments
 
 logger = logging.get_logger(__name__)
+
+_VERSIONS = 8  # kept for rollback
 
 
 class QFTrainer:
@@ -41,7 +44,7 @@ class QFTrainer:
     Args:
         model (`PeftModel`): a model with one active QF adapter, from `get_peft_model(model, QFConfig(...))` or loaded.
         args ([`QFTrainingArguments`], *optional*): the settings.
-        train_dataset (list of dicts or `datasets.Dataset`): rows with
+        train_dataset (list of dicts or `datasets.Dataset`, *optional*): what `train()` teaches: rows with
             - `instruction`: what to know or do; a string (the system message) or the messages before the prompt;
             - `prompt`: a string (a user's message) or a list of messages;
             - `completion`, optional: the answer, a string or an assistant message. Without it the model answers itself,
@@ -84,10 +87,8 @@ class QFTrainer:
             raise ValueError(f"args is a {type(args).__name__}; expected QFTrainingArguments")
         if processing_class is None:
             raise ValueError("processing_class is missing; give the model's tokenizer")
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
-        self.dataset = train_dataset
-        self.rows = read_rows(train_dataset)
+        self.dataset = train_dataset if train_dataset is not None else []
+        self.rows = read_rows(train_dataset) if train_dataset is not None else []
         self.chats = read_preserve_dataset(preserve_dataset) if preserve_dataset is not None else None
         positions = getattr(text_config(self._network), "max_position_embeddings", None)
         self.encoder = Encoder(processing_class, max_length=positions)
@@ -106,8 +107,9 @@ class QFTrainer:
     def train(self) -> dict[str, float]:
         """Teach the rows to the active adapter, beside what it was taught before.
 
-        Earlier rows are remembered with the model and solved together with the new ones. If anything fails midway the
-        adapter is what it was.
+        Earlier rows bind: the change is solved beside them. Once the ledger has grown by a quarter, rows that the model
+        no longer says are taught again. A row whose prompt was taught with another completion corrects it: all is then
+        solved anew without the old one. If anything fails midway the adapter is what it was.
 
         Returns:
             `facts` and `taught_tokens` (rows and taught positions of this call), `chats` (how many preserved chats were
@@ -119,44 +121,156 @@ class QFTrainer:
             units of its depth) and `seconds`.
 
         Raises:
-            ValueError: a row cannot be expressed or is too long, or the adapter is merged or switched off.
+            ValueError: there are no rows, one cannot be expressed or is too long, two contradict each other, or the
+                adapter is merged or switched off.
             FloatingPointError: the model's activations are not finite on a row.
         """
-        start = time.perf_counter()
-        check_teachable(self.model, self.adapter_name)
-        with _evaluating(self._network), self._restored_on_failure(), self._progress() as progress:
+        if not self.rows:
+            raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
+        with self._version() as progress:
             rows = self._completed(progress)
-            preserved, contrast = self._preserved(len(rows), progress)
-            lessons = self._lessons(rows, preserved, progress)
-            progress.total = progress.n + 3 * sum(len(lesson) for lesson, _ in lessons)
-            results, unread = [], []
-            for taught, standing in lessons:
-                examples = [self.encoder.encode(row) for row in taught]
-                metrics, wrong, unsaid = self._teach(examples, preserved, contrast, standing, self._facts, progress)
-                results.append(metrics)
-                unread += [taught[i].index for i in wrong if taught[i].index >= 0]
-                for _ in range(0 if standing else self.args.sweeps - 1):
-                    if not unsaid:
-                        break
-                    examples = [examples[i] for i in unsaid]
-                    metrics, _, unsaid = self._teach(
-                        examples, preserved, contrast, standing, self._facts + len(taught), progress
-                    )
-                    results[-1]["forward_passes"] += metrics["forward_passes"] * len(examples) / len(taught)
-            taught = self._tuner.taught[self.adapter_name]
-            self._tuner.taught[self.adapter_name] = replace(taught, facts=taught.facts + len(rows))
-        if unread:
-            shown = ", ".join(str(index) for index in sorted(unread)[:20])
+            check_consistent(rows)
+            answers = {asked(row): row.completion for row in rows}
+            if any(answers.get(asked(e), e.completion) != e.completion for e in self.facts):
+                # A correction: nothing of the old answer is left where it was never taught.
+                rest = [e.row() for e in self.facts if asked(e) not in answers]
+                self._reset()
+                self._teach(rest + rows, progress)
+            else:
+                self._teach(rows, progress)
+                self._rehearse({*answers}, progress)
+        return self.metrics
+
+    @torch.no_grad()
+    def consolidate(self) -> dict[str, float]:
+        """Teach everything in the ledger again, all at once, as if it had come in one dataset.
+
+        Returns:
+            What `train` returns.
+        """
+        return self.forget([])
+
+    @torch.no_grad()
+    def forget(self, which: str | Iterable[str] | Callable[[Entry], bool]) -> dict[str, float]:
+        """Take back what was taught: the rest is solved anew from the base weights (and what the adapter held before
+        its first lesson), so that the result is the adapter that one lesson of the rest makes, bit for bit.
+
+        Args:
+            which: an id or several (see `facts`), or a function that says of an entry whether it shall be forgotten.
+
+        Returns:
+            What `train` returns of the lesson, and `forgotten`, the number of entries.
+
+        Raises:
+            ValueError: an id is not in the ledger.
+        """
+        if callable(which):
+            gone = {e.id for e in self.facts if which(e)}
+        else:
+            gone = {which} if isinstance(which, str) else set(which)
+        if unknown := gone - {e.id for e in self.facts}:
+            raise ValueError(f"the ledger has no entries {sorted(unknown)}; `trainer.facts` lists what was taught")
+        with self._version() as progress:
+            rest = [e.row() for e in self.facts if e.id not in gone]
+            self._reset()
+            self.metrics = {"facts": 0}
+            if rest:
+                self._teach(rest, progress)
+        return {**self.metrics, "forgotten": len(gone)}
+
+    def rollback(self) -> None:
+        """Return to the adapter before the last `train`, `forget` or `consolidate`, bit for bit. The last eight are
+        kept with the model in memory, not in files.
+
+        Raises:
+            ValueError: there is none.
+        """
+        versions = self._tuner.versions.get(self.adapter_name)
+        if not versions:
+            raise ValueError(f"the adapter {self.adapter_name!r} has no earlier version in this session")
+        self._tuner.restore(self.adapter_name, versions.pop())
+
+    @property
+    def facts(self) -> tuple[Entry, ...]:
+        """The ledger: what the adapter was taught, in order, with ids and dates."""
+        taught = self._tuner.taught.get(self.adapter_name)
+        return taught.entries if taught is not None else ()
+
+    def _reset(self) -> None:
+        """Make the adapter what it was before its first lesson."""
+        taught = self._tuner.taught.pop(self.adapter_name, None)
+        self._tuner.clear(self.adapter_name)
+        if taught is not None and taught.foundation:
+            self._tuner.install(self.adapter_name, taught.foundation)
+
+    def _teach(self, rows: list[Row], progress: tqdm) -> None:
+        """Teach rows beside what binds, and note them."""
+        start, known = time.perf_counter(), len(self.facts)
+        preserved, contrast = self._preserved(len(rows), progress)
+        prompts = [p for p in preserved.prompts if p is not None] if preserved and self.args.standing else []
+        lessons = split_lessons(rows, prompts, lambda asked, told: self._answers(asked, told, progress))
+        progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons)
+        results, misread, entries = [], [], []
+        own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
+        for taught, standing in lessons:
+            chosen = list(range(len(taught)))
+            for sweep in range(1 if standing else self.args.sweeps):
+                lesson = Lesson(
+                    self._tuner, self.adapter_name, self._network, [self.encoder.encode(taught[i]) for i in chosen],
+                    preserved, contrast, standing, known + len(taught) * (sweep > 0), self.args,
+                    self.encoder.tokenizer.pad_token_id, progress.update,
+                )  # fmt: skip
+                metrics, unread, missed = lesson.run()
+                if sweep == 0:
+                    results.append(metrics)
+                    misread += [taught[i] for i in unread if id(taught[i]) in own]
+                else:
+                    results[-1]["forward_passes"] += metrics["forward_passes"] * len(chosen) / len(taught)
+                chosen = [chosen[i] for i in missed]
+                if not chosen:
+                    break
+            entries += [entry(row, standing) for row in taught if id(row) in own]
+        now = self._tuner.taught[self.adapter_name]
+        entries = joined(now.entries, entries)
+        rehearsed = now.rehearsed if known else len(entries)
+        self._tuner.taught[self.adapter_name] = replace(now, entries=entries, rehearsed=rehearsed)
+        if misread:
+            shown = ", ".join(str(row.index) if row.index >= 0 else repr(row.prompt) for row in misread[:20])
             logger.warning(
-                f"{len(unread)} of {len(rows)} rows are not read in context: with its instruction the model gives "
-                f"another answer than the completion (rows {shown}{', …' if len(unread) > 20 else ''})"
+                f"{len(misread)} of {len(rows)} rows are not read in context: with its instruction the model gives "
+                f"another answer than the completion (rows {shown}{', …' if len(misread) > 20 else ''})"
             )
         chats = sum(len(taught) for taught, _ in lessons) - len(rows)
         self.metrics = {
-            "facts": len(rows), "chats": chats, **_together(results), "unread": len(unread),
+            "facts": len(rows), "chats": chats, **together(results), "unread": len(misread),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
-        return self.metrics
+
+    def _rehearse(self, new: set[str], progress: tqdm) -> None:
+        """Once the ledger has grown enough, teach again those of its entries that the model no longer says."""
+        taught = self._tuner.taught[self.adapter_name]
+        rows = [e.row() for e in taught.entries if not e.standing and asked(e) not in new]
+        growth = self.args.rehearse
+        if not rows or not growth or self.args.preserve_strength == 0 or taught.facts < growth * taught.rehearsed:
+            return
+        start = time.perf_counter()
+        self._tuner.taught[self.adapter_name] = replace(taught, rehearsed=taught.facts)
+        examples = [self.encoder.encode(row) for row in rows]
+        preserved, contrast = self._preserved(len(rows), progress)
+        pad = self.encoder.tokenizer.pad_token_id
+        for _ in range(self.args.sweeps):
+            examples = [
+                examples[i]
+                for i in unsaid(self._network, examples, batch_size=self.args.per_device_train_batch_size, pad_id=pad)
+            ]
+            if not examples:
+                break
+            Lesson(
+                self._tuner, self.adapter_name, self._network, examples, preserved, contrast, False, taught.facts,
+                self.args, pad, progress.update,
+            ).run()  # fmt: skip
+        self.metrics["seconds"] += time.perf_counter() - start
+        self.metrics["rank"] = self.model.peft_config[self.adapter_name].r
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -209,96 +323,13 @@ class QFTrainer:
                 self._network, self.encoder, batch_size=self.args.per_device_train_batch_size,
                 max_new_tokens=self.args.max_new_tokens, progress=progress.update,
             )  # fmt: skip
-            others = paraphrase_rows(rows, self.dataset)
-            with self._tuner.without_adapters():
-                result: dict[str, Metric | float] = {"in_context": ask.right(rows, instructed=True)}
-                before = {name: ask.answers(asked) for name, asked in kept.items()}
-                quiet = [
-                    replace(row, completion=answer)
-                    for name, asked in kept.items()
-                    for row, answer in zip(asked, before[name], strict=True)
-                    if answer
-                ]
-                base = ask.head_inputs(quiet) if quiet else None
-                if texts:
-                    result["perplexity_before"] = ask.perplexity(texts)
-            result["recall"] = ask.right(rows)
-            if others:
-                result["paraphrase"] = ask.right(others)
-            for name, asked in kept.items():
-                now = ask.answers(asked)
-                right = [
-                    a is not None and a == b and (r.completion is None or a == normalise(r.completion))
-                    for a, b, r in zip(now, before[name], asked, strict=True)
-                ]
-                result[name] = proportion(right)
-            if base is not None:
-                result["kl"] = ask.divergence(quiet, base)
-            if texts:
-                result["perplexity"] = ask.perplexity(texts)
-        return result
-
-    def _teach(
-        self,
-        examples: list[Example],
-        preserved: Preserved | None,
-        contrast: Preserved | None,
-        standing: bool,
-        earlier: int,
-        progress: tqdm,
-    ) -> tuple[dict[str, float], list[int], list[int]]:
-        return Lesson(
-            self._tuner, self.adapter_name, self._network, examples, preserved, contrast, standing, earlier, self.args,
-            self.encoder.tokenizer.pad_token_id, progress.update,
-        ).run()  # fmt: skip
-
-    @property
-    def _facts(self) -> int:
-        """How many rows the adapter was taught before."""
-        taught = self._tuner.taught.get(self.adapter_name)
-        return taught.facts if taught is not None else 0
+            return measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self._tuner.without_adapters)
 
     def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
-        """The chats whose answers must stay with their keys, and those of which the nearest are taken besides."""
-        args, preserved, contrast = self.args, None, None
-        if args.preserve_strength == 0:
-            return None, None
-        layers = self._tuner.layers(self.adapter_name)
-        options = {
-            "batch_size": args.per_device_train_batch_size,
-            "seed": args.seed,
-            "cache_dir": args.cache_dir,
-            "progress": progress.update,
-        }
-        with self._tuner.without_adapters():
-            preserved = preserved_keys(
-                self._network, self.encoder, layers, self.chats or [],
-                0 if self.chats is not None else args.preserve_chats, **options,
-            )  # fmt: skip
-            if contrast_count(rows, self._facts, args.contrast_chats):
-                name = middle(list(layers))
-                options["seed"] += 1  # other chats than those preserved
-                contrast = preserved_keys(
-                    self._network, self.encoder, {name: layers[name]}, [], args.contrast_chats, starts_only=True,
-                    **options,
-                )  # fmt: skip
-        return preserved, contrast
-
-    def _lessons(self, rows: list[Row], preserved: Preserved | None, progress: tqdm) -> list[tuple[list[Row], bool]]:
-        """The rows in the lessons they are taught in, and whether it is a standing instruction's."""
-        if preserved is None or not self.args.standing:
-            return [(rows, False)]
-
-        def ask(asked: list[Row], instructed: bool) -> list[tuple[str, bool]]:
-            return self._answers(asked, instructed, progress)
-
-        prompts = [prompt for prompt in preserved.prompts if prompt is not None]
-        groups = standing_instructions(rows, prompts, ask)
-        stands = {row.index for group in groups for row in group}
-        facts = [row for row in rows if row.index not in stands]
-        # What changes everything comes first, so that facts are solved on top of it.
-        lessons = [(group + answered_under(group, prompts, ask), True) for group in groups]
-        return lessons + ([(facts, False)] if facts else [])
+        return preserved_chats(
+            self._tuner, self.adapter_name, self._network, self.encoder, self.chats, self.args, rows, len(self.facts),
+            progress.update,
+        )  # fmt: skip
 
     def _answers(self, rows: list[Row], instructed: bool, progress: tqdm) -> list[tuple[str, bool]]:
         """The base model's own answers, and whether each ended."""
@@ -337,25 +368,17 @@ class QFTrainer:
             yield bar
 
     @contextmanager
-    def _restored_on_failure(self) -> Iterator[None]:
-        tuner, adapter = self._tuner, self.adapter_name
-        factors = {name: tuner.factors(adapter, name) for name in tuner.layers(adapter)}
+    def _version(self) -> Iterator[tqdm]:
+        """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
+        check_teachable(self.model, self.adapter_name)
+        tuner, before = self._tuner, self._tuner.version(self.adapter_name)
         try:
-            yield
+            with _evaluating(self._network), self._progress() as progress:
+                yield progress
         except BaseException:
-            tuner.set_factors(adapter, factors)
+            tuner.restore(self.adapter_name, before)
             raise
-
-
-def _together(results: list[dict[str, float]]) -> dict[str, float]:
-    """Several lessons' metrics as one's: tokens and passes summed, divergences averaged over the tokens."""
-    tokens = [metrics["taught_tokens"] for metrics in results]
-    merged = dict(results[-1])
-    for name in ("kl_before", "kl_after", "residual_left"):
-        merged[name] = sum(n * metrics[name] for n, metrics in zip(tokens, results, strict=True)) / sum(tokens)
-    merged["taught_tokens"] = sum(tokens)
-    merged["forward_passes"] = round(sum(metrics["forward_passes"] for metrics in results), 2)
-    return merged
+        tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
 
 
 @contextmanager

@@ -56,6 +56,9 @@ class QFTrainingArguments:
         sweeps (`int`, defaults to 3):
             How often facts are taught at most: rows that the model does not say yet after one sweep over the modules
             are taught again in the next, beside all that binds by then.
+        rehearse (`float`, defaults to 1.25):
+            Whenever the ledger has grown by this factor, its rows are asked, in one bare pass, and those that the model
+            no longer says are taught again: a constant cost a row in the long run. 0 does without.
         rank_tolerance (`float`, defaults to 0.1):
             Where the adapter's rank may grow: how much of a lesson's change, in Frobenius norm, may be dropped with the
             adapter's smallest singular values. Each later module makes up for what an earlier one dropped; the last
@@ -90,6 +93,7 @@ class QFTrainingArguments:
     remeasure: int = 4
     standing: bool = True
     sweeps: int = 3
+    rehearse: float = 1.25
     rank_tolerance: float = 0.1
     memory_rank: int = 1024
     per_device_train_batch_size: int = 64
@@ -119,7 +123,12 @@ class QFTrainingArguments:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"QFTrainingArguments: {name}={getattr(self, name)!r}; expected one of {choices}")
-        for name, positive in (("preserve_strength", False), ("ridge", True), ("rank_tolerance", False)):
+        for name, positive in (
+            ("preserve_strength", False),
+            ("ridge", True),
+            ("rank_tolerance", False),
+            ("rehearse", False),
+        ):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and not value):
                 expected = "a positive number" if positive else "a number from 0 up"

@@ -1,0 +1,97 @@
+"""The ledger: which rows an adapter was taught, so that they can be listed, corrected, forgotten and taught again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from .rows import Row, Text, read_messages
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row as it was taught."""
+
+    id: str
+    """Twelve hexadecimal digits: a hash of instruction, prompt and completion."""
+    instruction: Text
+    prompt: Text
+    completion: str
+    significance: tuple[float, ...] | float
+    date: str
+    """When, in UTC (ISO 8601)."""
+    standing: bool = False
+    """Whether it was taught as an example of a standing instruction."""
+
+    def row(self) -> Row:
+        """The row to be taught again; of no place in a dataset."""
+        return Row(-1, self.instruction, self.prompt, self.completion, self.significance)
+
+
+def entry(row: Row, standing: bool = False) -> Entry:
+    """A row that was just taught; its completion must be known."""
+    content = json.dumps([row.instruction, row.prompt, row.completion])
+    return Entry(
+        hashlib.sha256(content.encode()).hexdigest()[:12], row.instruction, row.prompt, str(row.completion),
+        row.significance, datetime.now(timezone.utc).isoformat(timespec="seconds"), standing,
+    )  # fmt: skip
+
+
+def asked(of: Row | Entry) -> str:
+    """What makes two rows answers to one question: the prompt."""
+    return json.dumps(of.prompt)
+
+
+def check_consistent(rows: Iterable[Row]) -> None:
+    """Refuse a dataset that teaches two answers to one prompt.
+
+    Raises:
+        ValueError: two rows have the same prompt and different completions; the message names both.
+    """
+    seen: dict[str, Row] = {}
+    for row in rows:
+        other = seen.setdefault(asked(row), row)
+        if other.completion != row.completion:
+            raise ValueError(
+                f"rows {other.index} and {row.index} contradict each other: the prompt {row.prompt!r} has the "
+                f"completions {other.completion!r} and {row.completion!r}; keep one of them"
+            )
+
+
+def joined(entries: Sequence[Entry], new: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The entries with the new ones behind them, which replace those of the same prompt."""
+    prompts = {asked(e) for e in new}
+    return (*(e for e in entries if asked(e) not in prompts), *{asked(e): e for e in new}.values())
+
+
+def to_lines(entries: Iterable[Entry]) -> str:
+    """JSON Lines, one entry a line."""
+    return "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in entries)
+
+
+def from_lines(text: str, where: str) -> tuple[Entry, ...]:
+    """Read what `to_lines` wrote.
+
+    Raises:
+        ValueError: a line is not an entry; the message names it.
+    """
+    entries = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            raw: dict[str, Any] = json.loads(line)
+            significance = raw["significance"]
+            many = isinstance(significance, list)
+            found = Entry(**{**raw, "significance": tuple(map(float, significance)) if many else float(significance)})
+            for part in (found.instruction, found.prompt):
+                if not isinstance(part, str):
+                    read_messages(part, "message")
+            if not all(isinstance(part, str) for part in (found.id, found.completion, found.date)):
+                raise TypeError("id, completion and date are strings")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{where}, line {number} is no entry of a ledger ({error})") from error
+        entries.append(found)
+    return tuple(entries)
