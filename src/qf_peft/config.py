@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftType
 
 from .loading import refuse_pickles
 from .registration import NAME, add_peft_type
+from .saving import settle
 
 add_peft_type(NAME)
 
@@ -16,7 +18,7 @@ add_peft_type(NAME)
 _ALLOWED = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "grows", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "fan_in_fan_out", "init_lora_weights", "runtime_config",
+    "keep_statistics", "fan_in_fan_out", "init_lora_weights", "runtime_config",
 }  # fmt: skip
 
 
@@ -51,6 +53,10 @@ class QFConfig(LoraConfig):
             taught tokens need, which is never more than their number; the value saved is the rank reached.
         inference_mode (`bool`, defaults to `True`):
             QF needs no gradients, so the adapter's parameters are frozen.
+        keep_statistics (`bool`, defaults to `True`):
+            Whether `save_pretrained` writes beside the weights the ledger of what was taught (`qf_ledger.jsonl`) and
+            what binds later lessons (`qf_statistics.safetensors`). Without them a loaded adapter can be stacked, merged
+            and taught on, but its facts cannot be listed, corrected or forgotten. Neither is pushed to the Hub.
         grows (`bool`, *optional*):
             Whether `r` grows. Follows from `r`; it is stored so that an adapter loaded again goes on growing.
 
@@ -70,6 +76,7 @@ class QFConfig(LoraConfig):
     r: int | None = field(default=None, metadata={"help": "The cap on the rank; by default what the taught need."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Always equal to `r`."})
     inference_mode: bool = field(default=True, metadata={"help": "Whether the adapter's parameters are frozen."})
+    keep_statistics: bool = field(default=True, metadata={"help": "Whether what was taught is saved with the adapter."})
     grows: bool | None = field(default=None, metadata={"help": "Whether `r` grows with what is taught."})
 
     @classmethod
@@ -79,8 +86,12 @@ class QFConfig(LoraConfig):
         Raises:
             ValueError: there is none, an option is none of QF's, or the weights beside it are a pickle only.
         """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        settle(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         refuse_pickles(pretrained_model_name_or_path, subfolder, **kwargs)
+        if folder.is_dir():
+            config._folder = folder  # where the ledger and the statistics may be
         return config
 
     def __post_init__(self) -> None:
@@ -128,6 +139,6 @@ class QFConfig(LoraConfig):
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected a string")
-        for name in ("grows", "fan_in_fan_out", "inference_mode"):
+        for name in ("grows", "keep_statistics", "fan_in_fan_out", "inference_mode"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected true or false")

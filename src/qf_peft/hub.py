@@ -21,6 +21,7 @@ from .card import base_model_id, model_card, save_card
 from .checks import qf_adapter
 from .evaluation import Metric
 from .portable import save_as_lora
+from .saving import LEDGER_NAME, STATISTICS_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -93,6 +94,8 @@ def push_to_hub(
         model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
         if adapter != "default":
             folder = folder / adapter
+        for name in (LEDGER_NAME, STATISTICS_NAME):
+            (folder / name).unlink(missing_ok=True)
         save_as_lora(model, folder / "lora", adapter_name=adapter)
         for path in folder.glob(f"**/{CONFIG_NAME}"):
             config = json.loads(path.read_text(encoding="utf-8"))

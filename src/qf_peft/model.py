@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .config import QFConfig
 from .loading import fit, hub_id, put_factors
 from .quantized import holds_floats, unpack
 from .rounding import rounded_change
+from .saving import read_statistics
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
 
@@ -87,7 +89,23 @@ class QFModel(LoraModel):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         fit(model, config, adapter_name, tensors)
+        tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
+        if tuner is not None and getattr(config, "_folder", None) is not None:
+            tuner._recall(adapter_name, config._folder, tensors)
         return tensors
+
+    def _recall(self, adapter_name: str, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the ledger and the statistics beside an adapter's weights, which are about to be loaded."""
+        factors = {}
+        for name in self.layers(adapter_name):
+            found = [v for part in ("A", "B") for k, v in tensors.items()
+                     if k.endswith(f"{name}.lora_{part}.{adapter_name}.weight")]  # fmt: skip
+            if len(found) == 2:
+                factors[name] = (found[0], found[1])
+        taught = read_statistics(folder, factors, self.model.get_input_embeddings().weight.device)
+        self.taught.pop(adapter_name, None)
+        if taught is not None:
+            self.taught[adapter_name] = taught
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave the factors in the base model's dtype: PEFT raises them to float32 for an optimizer's sake only."""

@@ -19,7 +19,7 @@ class SecondMoment:
     root: Tensor | None
     """(m, d_in) float32: the rows √w_j k_j, while m < d_in."""
     matrix: Tensor | None
-    """(d_in, d_in) float64: C, once there are at least d_in keys."""
+    """(d_in, d_in) float64 (float32 after `compact`): C, once there are at least d_in keys."""
     count: int
     """How many keys were added."""
     floor: float
@@ -51,7 +51,7 @@ class SecondMoment:
         if self.matrix is None:
             old = self.root.to(rows.device).double()
             self.matrix, self.root = old.T @ old, None
-        self.matrix = self.matrix.to(rows.device).add_(rows.T @ rows)
+        self.matrix = self.matrix.to(rows.device, torch.float64).add_(rows.T @ rows)
         return self
 
     def add(self, other: SecondMoment) -> SecondMoment:
@@ -62,7 +62,7 @@ class SecondMoment:
             if self.matrix is None:
                 root = self.root.to(other.matrix.device).double()
                 self.matrix, self.root = root.T @ root, None
-            self.matrix = self.matrix + other.matrix.to(self.matrix.device)
+            self.matrix = self.matrix.double() + other.matrix.to(self.matrix.device).double()
         self.count += other.count - (other.root.shape[0] if other.root is not None else 0)
         self.floor += other.floor
         return self
@@ -71,23 +71,25 @@ class SecondMoment:
         """Another of the same content; updating one leaves the other."""
         twin = SecondMoment(self.width)
         twin.count, twin.floor, twin.root = self.count, self.floor, self.root
-        twin.matrix = None if self.matrix is None else self.matrix.clone()
+        twin.matrix = None if self.matrix is None else self.matrix.to(torch.float64, copy=True)
         return twin
 
     def compact(self, rank: int) -> SecondMoment:
-        """Bound the memory: where d_in > `rank`, C's `rank` largest directions are kept as rows. Returns itself.
+        """Bound the memory: C in float32, and where d_in > `rank` its `rank` largest directions as rows. Returns
+        itself.
 
         What the next largest eigenvalue δ says was lost at most is taken off those kept, and half of it added to the
         `floor`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2.
         """
         if self.width <= rank or (self.root is not None and self.root.shape[0] <= rank):
+            self.matrix = None if self.matrix is None else self.matrix.float()
             return self
         if self.root is not None:
             root = self.root.double()
             values, vectors = torch.linalg.eigh(root @ root.T)
             rows = vectors.T @ root
         else:
-            values, rows = torch.linalg.eigh(self.matrix)
+            values, rows = torch.linalg.eigh(self.matrix.double())
             rows = rows.T * values.clamp(min=0).sqrt()[:, None]
         lost, top = values[-rank - 1].clamp(min=0), values[-rank:].clamp(min=1e-300)
         self.root = (rows[-rank:] * ((top - lost).clamp(min=0) / top).sqrt()[:, None]).float()
@@ -106,5 +108,5 @@ class SecondMoment:
         """vᵀ C v for each row v of `vectors` (n, d_in): (n)."""
         v = vectors.double()
         if self.matrix is not None:
-            return ((v @ self.matrix) * v).sum(1)
+            return ((v @ self.matrix.double()) * v).sum(1)
         return (v @ self.root.double().T).square().sum(1)

@@ -33,6 +33,7 @@ def register() -> None:
     from .config import QFConfig
     from .hub import describe_rightly
     from .model import QFModel
+    from .saving import save_at_once
 
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:  # a reload: the mapping must hold the classes that are now in use
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = QFConfig
@@ -40,3 +41,4 @@ def register() -> None:
     else:
         register_peft_method(name=NAME.lower(), config_cls=QFConfig, model_cls=QFModel, prefix=QFModel.prefix)
     describe_rightly()
+    save_at_once()

@@ -246,7 +246,7 @@ def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> L
     for delta, bound in zip(deltas, bounds, strict=True):
         a = delta.A.double()
         if bound.matrix is not None:
-            weighed = a @ bound.matrix.to(a.device)
+            weighed = a @ bound.matrix.to(a)
         else:
             root = bound.root.to(a.device).double()
             weighed = (a @ root.T) @ root
@@ -279,7 +279,7 @@ def _weighted(keys: Tensor, residual: Tensor, significance: Tensor | None) -> tu
 def _dense(moment: SecondMoment, like: Tensor) -> Tensor:
     """C as a d_in × d_in matrix."""
     if moment.matrix is not None:
-        return moment.matrix.to(like.device)
+        return moment.matrix.to(like.device, torch.float64)
     root = moment.root.to(like.device).double()
     return root.T @ root
 
@@ -287,7 +287,7 @@ def _dense(moment: SecondMoment, like: Tensor) -> Tensor:
 def _apply_inverse(moment: SecondMoment, strength: float, ridge: float, rows: Tensor) -> Tensor:
     """rows · (λ C + ε I)⁻¹ for rows (n, d_in)."""
     if moment.matrix is not None:
-        system = moment.matrix.to(rows.device) * strength
+        system = moment.matrix.to(rows.device, torch.float64) * strength
         system.diagonal().add_(ridge)
         return torch.cholesky_solve(rows.T, torch.linalg.cholesky(system)).T
     root = moment.root.to(rows.device).double() * strength**0.5
