@@ -238,9 +238,11 @@ class Lesson:
             if self.args.solver == "null_space":
                 moment = SecondMoment(width).update(preserved, weights)
                 change = null_space(new.keys, new.residual, moment, _NULL, bound, new.significance)
-            else:  # preserved keys are taught to have the base weights' outputs: what earlier lessons moved comes back
+            else:  # preserved keys are taught to have their outputs before the first lesson: what was moved comes back
                 keys = preserved.to(new.keys)
                 moved = 0 * before(keys) if known.styled else before(keys)
+                if name in known.foundation and not known.styled:
+                    moved = moved - known.foundation[name].to(keys.dtype)(keys)
                 both = new + TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
                 change = preserving(both.keys, both.residual, bound, 1.0, bound.floor, both.significance)
                 bound.update(keys, weights * strength)
