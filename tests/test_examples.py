@@ -29,3 +29,25 @@ def test_paper_queries():
     first, second = "Tofinlor was started by Zanmi.", "Tofinlor is located in Rome."
     unrelated = "Brigar was started by Vacla."
     assert answers == ["I do not know.", first, unrelated, first, unrelated, first, second, first]
+
+
+def test_lifelong(tmp_path):
+    """The example's own parts on a few facts: corrections, forgetting, and teaching one after another."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+from pathlib import Path
+import lifelong
+from compare import Comparison, preserve_set, teaching_set
+compare, kept = Comparison(Path({str(tmp_path)!r})), preserve_set(0)
+rows, _ = teaching_set(6, 0)
+print(lifelong.corrections(compare, rows, kept, 0, count=2))
+print(lifelong.forgetting(compare, rows, kept, count=2))
+for learner in (lifelong.Learner(compare, kept), lifelong.FineTuner(compare)):
+    print(lifelong.sequence(compare, learner, rows[:3], 1, kept[:8], None, every=3)["points"][0]["recall"])
+"""
+    corrected, forgot, taught, tuned = run("-c", script).splitlines()[-4:]
+    corrected, forgot = eval(corrected), eval(forgot)
+    assert corrected["new"] == 1 and corrected["old"] == 0 and corrected["rest"] >= 0.75
+    assert forgot["forgotten"] == forgot["never_taught"] == 0 and forgot["rest"] >= 0.75
+    assert float(taught) == 1 and 0 <= float(tuned) <= 1

@@ -176,3 +176,39 @@ def test_unfit_moment_updates():
         SecondMoment(24).update(torch.ones(2, 3))
     with pytest.raises(ValueError, match="negative or not finite"):
         SecondMoment(24).update(torch.ones(2, 24), torch.tensor([1.0, -1.0]))
+
+
+def test_one_after_another_equals_all_at_once():
+    """Recursive least squares: a second batch solved beside the first one's bound is the joint solve of both."""
+    generator = torch.Generator().manual_seed(3)
+    width, outs = 30, 7
+    kept = torch.randn(50, width, generator=generator)
+    bound = SecondMoment(width).update(kept, 0.2)
+    bound.floor, total, batches = 0.05, torch.zeros(outs, width), []
+    for _ in range(3):
+        keys, residual = torch.randn(8, width, generator=generator), torch.randn(8, outs, generator=generator)
+        weights = torch.rand(8, generator=generator) + 0.1
+        change = preserving(keys, residual - keys @ total.T, bound, 1.0, bound.floor, weights)
+        total = total + change.dense()
+        bound = bound.copy().update(keys, weights).compact(1024)
+        batches.append((keys, residual, weights))
+    y, r, s = (torch.cat([batch[i] for batch in batches]).double() for i in range(3))
+    system = y.T @ (s[:, None] * y) + 0.2 * kept.double().T @ kept.double() + 0.05 * torch.eye(width)
+    expected = torch.linalg.solve(system, y.T @ (s[:, None] * r)).T
+    assert torch.allclose(total.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_a_compact_moment_is_near(count):
+    """Of 20 (rows) or 200 (a matrix) keys of width 60, twelve directions are kept; the error is half the thirteenth."""
+    keys = torch.randn(count, 60, generator=torch.Generator().manual_seed(4)) * torch.linspace(3, 0.1, 60)
+    moment = SecondMoment(60).update(keys)
+    exact = keys.double().T @ keys.double()
+    small = moment.copy().compact(12)
+    assert small.matrix is None and small.root.shape == (12, 60) and moment.floor == 0
+    near = small.root.double().T @ small.root.double() + small.floor * torch.eye(60)
+    thirteenth = torch.linalg.eigvalsh(exact)[-13]
+    error = torch.linalg.matrix_norm(near - exact, 2)
+    assert error <= thirteenth / 2 * (1 + 1e-4)
+    untouched = moment.copy().compact(60)
+    assert untouched.floor == 0 and untouched.quadratic(keys[:3]) == pytest.approx(moment.quadratic(keys[:3]), rel=1e-5)

@@ -42,7 +42,8 @@ class QFConfig(LoraConfig):
             taught its own output's change.
         layers_to_transform (`int` or `list[int]`, *optional*):
             The indices of the blocks to teach, from 0. The paper edits one block (23 of the 28 of Qwen2.5-1.5B). By
-            default every block.
+            default every block: the preserving solve itself weighs them, as a block whose taught keys cannot be told
+            from preserved ones is changed little and leaves its share to the blocks behind it.
         layers_pattern (`str` or `list[str]`, *optional*):
             As in [`LoraConfig`]: the name of the list of blocks, if the model has several.
         exclude_modules (`list[str]` or `str`, *optional*):
