@@ -31,7 +31,8 @@ def test_what_a_saved_adapters_card_says(model, tokenizer, tmp_path):
     teach(model, tokenizer, FACT, OTHER, cache_dir="/somewhere/private", seed=3)
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "qf_ledger.jsonl",
+        "qf_statistics.safetensors",
     ]  # fmt: skip
     text = (tmp_path / "README.md").read_text()
     card = ModelCard(text)
@@ -89,9 +90,10 @@ def test_metrics_are_results(model, tokenizer):
 
 
 def test_only_what_is_known_is_said(model, tokenizer, tmp_path):
-    """What an adapter from a file was taught is not in the file; nor is it known where other weights were put in."""
+    """What an adapter was taught is not known without its statistics, nor where other weights were put in."""
     assert "What was taught" not in model_card(model).text, "nothing yet"
     teach(model, tokenizer, FACT)
+    model.peft_config["default"].keep_statistics = False
     model.save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path)

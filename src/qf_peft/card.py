@@ -119,7 +119,7 @@ def model_card(
         where=_where(list(layers)),
         rank=config.r,
         facts=taught.facts if taught else None,
-        continued=bool(taught and taught.offset),
+        continued=bool(taught and taught.foundation),
         listed=_listed(facts) if facts is not None else "",
         results=[(_RESULTS[name][0], _text(value)) for name, value in (metrics or {}).items()],
         settings=f"{_call('QFConfig', {k: v for k, v in options.items() if v is not None})}\n"
