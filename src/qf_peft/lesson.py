@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 _FLOOR, _CEILING = 0.02, 5.0  # of a token's significance by KL
 _STANDING_RIDGE = 0.1  # of a standing instruction's solve, over the significance times the keys' mean square
+SAFE = 2.0  # nats by which a token must lead to count as said: less is soon lost to other lessons
 _NULL = 1e-2  # AlphaEdit's threshold of a null direction, relative to the mean eigenvalue
 
 
@@ -89,7 +90,7 @@ class Lesson:
         if args.significance == "kl":
             self.weights = self.weights * answer
         self.divergences = torch.empty(len(self.gold))
-        self.read, self.said = torch.empty(2, len(self.gold), dtype=torch.long)
+        self.read, self.lead = torch.empty(len(self.gold), dtype=torch.long), torch.empty(len(self.gold))
 
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
         """Teach. Returns metrics, the examples whose completion the model does not read in context, and those that it
@@ -161,8 +162,8 @@ class Lesson:
                 "rank": self.tuner.peft_config[self.adapter].r,
                 "forward_passes": round(2 + walk.steps, 2),
             },
-            self._wrong(self.read),
-            self._wrong(self.said),
+            self._any(self.read != self.gold),
+            self._any(self.lead < SAFE),
         )
 
     def _teach(
@@ -324,12 +325,12 @@ class Lesson:
     def _compare(self, order: Tensor, bare: Tensor, context: Tensor) -> None:
         p, q = context.log_softmax(-1), bare.log_softmax(-1)
         self.divergences[order] = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()
-        self.read[order], self.said[order] = context.argmax(-1).cpu(), bare.argmax(-1).cpu()
+        self.read[order] = context.argmax(-1).cpu()
+        self.lead[order] = lead(bare, self.gold[order])
 
-    def _wrong(self, predicted: Tensor) -> list[int]:
-        """The examples of which another token than the completion's is predicted somewhere it counts."""
-        wrong = ((predicted != self.gold) & self.answered).split(self.kept)
-        return [i for i, part in enumerate(wrong) if bool(part.any())]
+    def _any(self, wrong: Tensor) -> list[int]:
+        """The examples with one of the positions (n) at a token of their answer that counts."""
+        return [i for i, part in enumerate((wrong & self.answered).split(self.kept)) if bool(part.any())]
 
     def _known(self) -> TaughtAdapter:
         """What the adapter was taught, as copies to be changed; without what its weights no longer hold."""
@@ -360,15 +361,23 @@ def together(results: list[dict[str, float]]) -> dict[str, float]:
     return merged
 
 
+def lead(logits: Tensor, gold: Tensor) -> Tensor:
+    """By how many nats the tokens `gold` (n) lead all others in logits (n, vocabulary); negative where they do not."""
+    best = logits.topk(2, dim=1)
+    own = logits.gather(1, gold.to(logits.device)[:, None])[:, 0]
+    rival = torch.where(best.indices[:, 0] == gold.to(logits.device), best.values[:, 1], best.values[:, 0])
+    return (own - rival).cpu()
+
+
 @torch.no_grad()
 def unsaid(network: nn.Module, examples: list[Example], **options: Any) -> list[int]:
-    """The examples of which the model, as it is, predicts another token than the completion's somewhere."""
+    """The examples whose completion the model, as it is, does not say safely: somewhere the token's lead is small."""
     gold = torch.tensor([token for e in examples for token in e.targets])
     answer = torch.tensor([k >= e.header for e in examples for k in range(e.taught)])
     kept, wrong = [e.taught for e in examples], torch.empty(len(gold), dtype=torch.bool)
 
     def compare(order: Tensor, logits: Tensor, _: Tensor) -> None:
-        wrong[order] = (logits.argmax(-1).cpu() != gold[order]) & answer[order]
+        wrong[order] = (lead(logits, gold[order]) < SAFE) & answer[order]
 
     forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)
     return [i for i, part in enumerate(wrong.split(kept)) if bool(part.any())]
