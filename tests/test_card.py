@@ -36,7 +36,7 @@ def test_what_a_saved_adapters_card_says(model, tokenizer, tmp_path):
     ]  # fmt: skip
     text = (tmp_path / "README.md").read_text()
     card = ModelCard(text)
-    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
+    assert card.data["library_name"] == "peft" and card.data.pipeline_tag == "text-generation"
     assert card.data.base_model is None and card.data.get("base_model_relation") is None, "a folder is no name"
     assert (
         "2 facts." in text and "`mlp.down_proj` of block 7" in text and f"rank {model.peft_config['default'].r}" in text
@@ -119,7 +119,7 @@ def test_saving_again(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     card = ModelCard.load(path)
     assert card.text.strip() == "# My own words" and card.data.language == "en" and "mine" in card.data.tags
-    assert card.data.library_name == "peft" and card.data.base_model == "someone/base" and "qf" in card.data.tags
+    assert card.data["library_name"] == "peft" and card.data.base_model == "someone/base" and "qf" in card.data.tags
     assert card.data.base_model_relation == "adapter"
 
 
