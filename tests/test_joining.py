@@ -117,6 +117,7 @@ def test_what_cannot_be_merged(tokenizer, tmp_path):
     for adapters, new, message in (
         (["a"], "m", "at least two different"),
         (["a", "a"], "m", "at least two different"),
+        ("a", "m", "adapters='a'; expected a list of at least two"),
         (["a", "b"], "b", "'b' is taken"),
         (["a", "c"], "m", "'c'"),
     ):

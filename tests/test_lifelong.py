@@ -160,6 +160,8 @@ def test_what_is_forgotten_was_never_taught(tokenizer, tmp_path):
     wrong = made.facts[0].id[::-1]
     with pytest.raises(ValueError, match=f"no entries \\['{wrong}'\\]"):
         made.forget(wrong)
+    with pytest.raises(ValueError, match="which=5; expected an id"):
+        made.forget(5)
     entry = next(e for e in made.facts if e.prompt == FACT["prompt"])
     metrics = made.forget(entry.id)
     assert metrics["forgotten"] == 1 and metrics["facts"] == 9 and entry not in made.facts

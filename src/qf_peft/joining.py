@@ -72,9 +72,9 @@ def merge_taught(model: PeftModel, adapters: Sequence[str], adapter_name: str) -
         ValueError: there is no such QF adapter, fewer than two are named, one has no statistics, or the new name is
             taken.
     """
-    names = list(dict.fromkeys(adapters))
+    names = [] if isinstance(adapters, str) else list(dict.fromkeys(adapters))
     if len(names) < 2:
-        raise ValueError(f"adapters={list(adapters)!r}; expected at least two different ones")
+        raise ValueError(f"adapters={adapters!r}; expected a list of at least two different ones")
     if adapter_name in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is taken; choose another or delete that adapter first")
     for name in names:

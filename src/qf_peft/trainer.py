@@ -167,7 +167,9 @@ class QFTrainer:
         if callable(which):
             gone = {e.id for e in self.facts if which(e)}
         else:
-            gone = {which} if isinstance(which, str) else set(which)
+            gone = {which} if isinstance(which, str) else set(which) if isinstance(which, Iterable) else None
+        if gone is None:
+            raise ValueError(f"which={which!r}; expected an id, several, or a function of an entry")
         if unknown := gone - {e.id for e in self.facts}:
             raise ValueError(f"the ledger has no entries {sorted(unknown)}; `trainer.facts` lists what was taught")
         with self._version() as progress:
