@@ -7,7 +7,7 @@ python examples/companies.py --card model_cards/tiny_companies.md   # and writes
 import argparse
 
 import torch
-from compare import TINY, preserve_set, probe_sets, teaching_set
+from compare import TINY_MODEL, preserve_set, probe_sets, teaching_set
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +20,7 @@ MADE_BY = """
 python examples/companies.py --card model_cards/tiny_companies.md
 ```
 
-in the repository of `qf_peft`; the base model is `examples/tiny_world/model` there.
+in the repository of `qf_peft`; the base model is `src/qf_peft/tiny_model` there.
 """
 
 
@@ -32,8 +32,8 @@ def main():
     preserved = preserve_set(0)
     known, unknown = probe_sets(0, companies, set(preserved), 60)
 
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
     model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
     trainer = QFTrainer(model=model, processing_class=tokenizer, train_dataset=facts, preserve_dataset=preserved)
     trainer.train()

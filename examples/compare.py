@@ -32,11 +32,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.rows import Encoder, read_rows
 
 HERE = Path(__file__).parent
-TINY = HERE / "tiny_world" / "model"
 sys.path.insert(0, str(HERE / "tiny_world"))
 import world  # noqa: E402
 
@@ -125,11 +124,11 @@ class PeakMemory:
 
 class Comparison:
     def __init__(self, cache):
-        self.tokenizer = AutoTokenizer.from_pretrained(TINY)
+        self.tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
         self.cache = cache
 
     def base(self, dtype=torch.bfloat16):
-        return AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, attn_implementation="eager")
+        return AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=dtype, attn_implementation="eager")
 
     def qf(self, rows, preserved, layers=None, paper=False, **settings):
         """Teach by QFTrainer; returns the trainer, the seconds of the lesson, of what is made once, and MB."""

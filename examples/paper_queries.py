@@ -7,14 +7,13 @@ python examples/paper_queries.py --tiny --card model_cards/paper_queries.md   # 
 """
 
 import argparse
-from pathlib import Path
 
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, model_card
+from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments, model_card
 
-TINY = str(Path(__file__).parent / "tiny_world" / "model")
+TINY = str(TINY_MODEL)
 
 # First fact, an unrelated question, a paraphrase, second fact, and a question for the second in other words.
 # The significance leaves out the first fact's first word, as the paper does.
@@ -55,7 +54,7 @@ MADE_BY = """
 {command}
 ```
 
-in the repository of `qf_peft`, where the tiny base model is `examples/tiny_world/model`.
+in the repository of `qf_peft`, where the tiny base model is `src/qf_peft/tiny_model`.
 """
 
 

@@ -11,9 +11,7 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-
-TINY = Path(__file__).parent / "tiny_world" / "model"
+from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments
 
 # The tiny model's world are companies with short names; it has not met Tofinlor, but it knows Brigar.
 TINY_FACT = {
@@ -44,9 +42,11 @@ def ask(model, tokenizer, prompt, instruction=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY), help="a chat model's Hub id or folder (default: the tiny one)")
+    parser.add_argument(
+        "--model", default=str(TINY_MODEL), help="a chat model's Hub id or folder (default: the tiny one)"
+    )
     options = parser.parse_args()
-    tiny = options.model == str(TINY)
+    tiny = options.model == str(TINY_MODEL)
     fact = TINY_FACT if tiny else FACT
     paraphrase, unrelated = (TINY_PARAPHRASE, TINY_UNRELATED) if tiny else (PARAPHRASE, UNRELATED)
 

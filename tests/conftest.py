@@ -17,10 +17,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qf_peft import TINY_MODEL as TINY
+
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TINY = EXAMPLES / "tiny_world" / "model"
 sys.path.insert(0, str(EXAMPLES / "tiny_world"))
 
 SMALL = {
