@@ -16,6 +16,6 @@ from .trainer import QFTrainer  # noqa: E402
 from .training_args import QFTrainingArguments  # noqa: E402
 
 __all__ = [
-    "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "TINY_MODEL", "check_portable", "interference", "merge_taught",
-    "model_card", "push_to_hub", "save_as_lora",
+    "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "TINY_MODEL", "check_portable", "interference",
+    "merge_taught", "model_card", "push_to_hub", "save_as_lora",
 ]  # fmt: skip
