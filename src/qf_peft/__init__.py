@@ -6,6 +6,7 @@ register()
 
 from .card import model_card  # noqa: E402
 from .config import QFConfig  # noqa: E402
+from .documents import DocumentFacts, facts_from_document, read_review, write_review  # noqa: E402
 from .hub import push_to_hub  # noqa: E402
 from .joining import interference, merge_taught  # noqa: E402
 from .model import QFModel  # noqa: E402
@@ -14,8 +15,10 @@ from .portable_check import check_portable  # noqa: E402
 from .tiny import TINY_MODEL  # noqa: E402
 from .trainer import QFTrainer  # noqa: E402
 from .training_args import QFTrainingArguments  # noqa: E402
+from .wordings import with_wordings  # noqa: E402
 
 __all__ = [
-    "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "TINY_MODEL", "check_portable", "interference",
-    "merge_taught", "model_card", "push_to_hub", "save_as_lora",
+    "DocumentFacts", "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "TINY_MODEL", "check_portable",
+    "facts_from_document", "interference", "merge_taught", "model_card", "push_to_hub", "read_review", "save_as_lora",
+    "with_wordings", "write_review",
 ]  # fmt: skip

@@ -229,13 +229,14 @@ class Encoder:
             ids = ids[: self.max_length]
         return ids, len(ids) - 1
 
-    def user_opening(self) -> list[int] | None:
-        """The token ids after which a user's turn begins; None without a chat template."""
+    def user_opening(self, instruction: Text = "") -> list[int] | None:
+        """The token ids after which a user's turn begins, behind the instruction if there is one; None without a chat
+        template."""
         if not self.chat:
             return None
-        opening, found, _ = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _SENTINEL}], tokenize=False
-        ).partition(_SENTINEL)
+        row = Row(0, instruction, _SENTINEL, None)
+        messages = _conversation(row, bool(instruction))
+        opening, found, _ = self._render(row, messages, bool(instruction)).partition(_SENTINEL)
         ids = self._ids(opening)
         return ids if found and ids else None
 
