@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments, with_wordings
 from qf_peft.rows import Encoder, read_rows
 
 HERE = Path(__file__).parent
@@ -151,6 +151,16 @@ class Comparison:
             seconds = time.perf_counter() - start
         return trainer, seconds, once, memory.grown
 
+    def qf_wordings(self, rows, preserved, count=4):
+        """Teach each row with up to `count` other wordings that the model writes itself, their making not timed."""
+        plain = [{key: row[key] for key in ("instruction", "prompt", "completion")} for row in rows]
+        found = self.qf(with_wordings(plain, self.base(), self.tokenizer, count=count, batch_size=64), preserved)
+        return self.asked(found[0], rows), *found[1:]
+
+    def asked(self, trainer, rows):
+        """The trainer's model, to be asked about other rows than it was taught."""
+        return QFTrainer(model=trainer.model, args=trainer.args, train_dataset=rows, processing_class=self.tokenizer)
+
     def lora(self, rows, target, rate, steps, batch=32):
         """Fine-tune by AdamW on the completions' cross-entropy, warm-up and linear decay; float32 master adapter."""
         torch.manual_seed(0)
@@ -214,6 +224,7 @@ def methods(compare, facts):
     table = {
         "QF": [lambda rows, kept: compare.qf(rows, kept)],
         "QF, no preserve_dataset": [lambda rows, kept: compare.qf(rows, None)],
+        "QF, own wordings": [lambda rows, kept: compare.qf_wordings(rows, kept)],
         "QF paper (one block)": [lambda rows, kept: compare.qf(rows, kept, layers=LAST, paper=True)],
         "MEMIT's rule": [
             lambda rows, kept, c=c: compare.qf(
@@ -245,7 +256,8 @@ def run(options):
     done = {(r["facts"], r["seed"], r["method"]) for r in results}
     for facts in options.facts:
         chosen = next((r["chosen"] for r in results if r["facts"] == facts), {})
-        for name, candidates in methods(compare, facts).items():
+        table = {n: c for n, c in methods(compare, facts).items() if not options.methods or n in options.methods}
+        for name, candidates in table.items():
             if name in chosen:
                 continue
             if len(candidates) > 1 and (facts <= options.grid_up_to or not name.startswith("LoRA")):
@@ -262,7 +274,7 @@ def run(options):
                 chosen[name] = results[-1]["chosen"][name] if results else 0
             else:
                 chosen[name] = 0
-        for seed, (name, candidates) in itertools.product(options.seeds, methods(compare, facts).items()):
+        for seed, (name, candidates) in itertools.product(options.seeds, table.items()):
             if (facts, seed, name) in done:
                 continue
             rows, companies = teaching_set(facts, seed)
@@ -371,6 +383,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=int, nargs="+", default=[1, 10, 50, 200, 500])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", help="only these, such as 'QF, own wordings'; by default all")
     parser.add_argument("--grid-up-to", type=int, default=500, help="beyond, LoRA takes what was best before")
     parser.add_argument("--probes", type=int, default=100, help="questions asked for locality, and for unknown")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="where JSON, plot and cache go")

@@ -214,7 +214,7 @@ def test_questions_written_on_request_are_read_back(tmp_path, tiny, tokenizer, m
             "Q: Tell me who started Tofinlor.\nA: Zanmi\n"
             "Q: tell me WHO started Tofinlor!\nA: Zanmi\n"
             "Q: Tell me what Mirzan makes.\nA: Chairs.\n"
-            "Q: Please say who started Brigar.\nA: Vacla."
+            "Q: Please say who started Mijinra.\nA: Ortone."
         )
         return [(text, True)] * len(asked)
 
