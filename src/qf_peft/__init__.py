@@ -11,11 +11,12 @@ from .joining import interference, merge_taught  # noqa: E402
 from .model import QFModel  # noqa: E402
 from .portable import save_as_lora  # noqa: E402
 from .portable_check import check_portable  # noqa: E402
+from .session import Session  # noqa: E402
 from .tiny import TINY_MODEL  # noqa: E402
 from .trainer import QFTrainer  # noqa: E402
 from .training_args import QFTrainingArguments  # noqa: E402
 
 __all__ = [
-    "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "TINY_MODEL", "check_portable", "interference",
-    "merge_taught", "model_card", "push_to_hub", "save_as_lora",
+    "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "Session", "TINY_MODEL", "check_portable",
+    "interference", "merge_taught", "model_card", "push_to_hub", "save_as_lora",
 ]  # fmt: skip
