@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -144,9 +145,8 @@ class Session:
         Raises:
             ValueError: the prompt is empty, of another form, or leaves no room for an answer.
         """
-        ids, room = self._prompt(prompt, instruction)
+        ids, tokens = self._asked(prompt, instruction, max_new_tokens)
         with self._at_work(adapter):
-            tokens = min(max_new_tokens, room)
             answers = generate(
                 self._network, self.trainer.encoder.tokenizer, [ids], max_new_tokens=tokens, batch_size=1
             )
@@ -156,9 +156,9 @@ class Session:
         self, prompt: Text, *, adapter: bool = True, instruction: Text | None = None, max_new_tokens: int = 256
     ) -> Iterator[str]:
         """What `ask` answers, in pieces as they come. Whoever stops reading (or is interrupted) stops the model."""
-        ids, room = self._prompt(prompt, instruction)
+        ids, tokens = self._asked(prompt, instruction, max_new_tokens)
         return stream(
-            self._network, self.trainer.encoder.tokenizer, ids, max_new_tokens=min(max_new_tokens, room),
+            self._network, self.trainer.encoder.tokenizer, ids, max_new_tokens=tokens,
             context=lambda: self._at_work(adapter),
         )  # fmt: skip
 
@@ -258,6 +258,10 @@ class Session:
         with self._in_use:
             return push_to_hub(self.model, repo_id, adapter_name=self.trainer.adapter_name, **options)
 
+    def room(self, prompt: Text, *, instruction: Text | None = None) -> int:
+        """How many tokens the model has left for an answer to the prompt; below 1 if it is too long."""
+        return self._prompt(prompt, instruction)[1]
+
     @property
     def _network(self) -> PreTrainedModel:
         """The transformers model, with the adapter's layers in it."""
@@ -274,17 +278,19 @@ class Session:
         with self._in_use, nullcontext() if adapter else self.model.base_model.without_adapters():
             yield
 
+    def _asked(self, prompt: Text, instruction: Text | None, max_new_tokens: int) -> tuple[list[int], int]:
+        """The prompt's token ids, and how many tokens the answer may have."""
+        ids, room = self._prompt(prompt, instruction)
+        if room < 1:
+            positions = self.trainer.encoder.max_length
+            raise ValueError(f"the prompt has {len(ids)} tokens; the model has {positions} positions: shorten it")
+        return ids, min(max_new_tokens, room)
+
     def _prompt(self, prompt: Text, instruction: Text | None) -> tuple[list[int], int]:
-        """The prompt's token ids, and how many tokens the model has room for behind them."""
         if not isinstance(prompt, str):
             prompt = read_messages(prompt, "prompt")
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError("prompt is empty; ask something")
         encoder = self.trainer.encoder
         ids = encoder.prompt_ids(Row(0, instruction or "", prompt, None), instructed=bool(instruction))
-        room = encoder.max_length - len(ids) if encoder.max_length is not None else 1 << 30
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens; the model has {encoder.max_length} positions: shorten it"
-            )
-        return ids, room
+        return ids, encoder.max_length - len(ids) if encoder.max_length is not None else sys.maxsize
