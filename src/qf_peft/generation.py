@@ -1,13 +1,15 @@
-"""Free generation, in batches."""
+"""Free generation: in batches, or one answer piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
 
 @torch.no_grad()
@@ -27,13 +29,8 @@ def generate(
         For each prompt the text without special tokens and outer whitespace, and whether the model ended it itself
         (and was not cut at `max_new_tokens`).
     """
-    config = GenerationConfig.from_model_config(model.config)
-    own = getattr(model, "generation_config", None)
-    stops = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-    config.update(
-        do_sample=sample_seed is not None, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        max_length=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=stops,
-    )  # fmt: skip
+    config = _config(model, tokenizer, max_new_tokens, sample=sample_seed is not None)
+    stops = config.eos_token_id
     stops = set(stops) if isinstance(stops, (list, tuple)) else {stops}
     device = model.get_input_embeddings().weight.device
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
@@ -58,3 +55,67 @@ def generate(
             answers[i] = (text, ended is not None)
         progress(len(chosen))
     return answers
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    context: Callable[[], AbstractContextManager],
+) -> Iterator[str]:
+    """The model's greedy answer to a prompt of token ids, in pieces as they come, without special tokens.
+
+    The model runs in a thread of its own, within `context()`. Closing the generator, or an exception where it is
+    consumed (such as `KeyboardInterrupt`), stops it after the token it is at.
+
+    Raises:
+        Exception: what the model raised.
+    """
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    config, stopped, errors = _config(model, tokenizer, max_new_tokens), threading.Event(), []
+    ids = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
+
+    def stop(ids: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
+        return torch.full((len(ids),), stopped.is_set(), device=ids.device)
+
+    @torch.no_grad()
+    def run() -> None:
+        try:
+            with context():
+                model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )  # fmt: skip
+        except BaseException as error:  # raised where the pieces are read
+            errors.append(error)
+            streamer.text_queue.put(streamer.stop_signal)
+
+    thread = threading.Thread(target=run, name="qf_peft-stream", daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stopped.set()
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _config(model: nn.Module, tokenizer: Any, max_new_tokens: int, sample: bool = False) -> GenerationConfig:
+    """Greedy, or sampling at temperature 1; the model's own stop tokens."""
+    config = GenerationConfig.from_model_config(model.config)
+    own = getattr(model, "generation_config", None)
+    stops = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    config.update(
+        do_sample=sample,
+        temperature=1.0,
+        top_k=0 if sample else 50,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stops,
+    )  # 50 is transformers' "not set", of which it does not warn
+    return config
