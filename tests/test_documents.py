@@ -266,7 +266,7 @@ def test_reviews_that_cannot_be_read_back(tmp_path):
     for text, reason in (
         (good + "\n{", "line 2 is no JSON"),
         ("[1]", "line 1 is a list"),
-        ('{"prompt": "b"}', "line 1, row 0: no column 'instruction'"),
+        ('{"prompt": "b"}', "review.jsonl, row 0: no column 'instruction'"),
         ("\n", "has no rows"),
     ):
         path.write_text(text)

@@ -18,7 +18,8 @@ from .in_context import ContextModel
 from .model_output import parse_pairs
 from .passages import Passage, split_passages
 from .reading import read_document
-from .rows import Text, read_rows
+from .row_files import load_rows
+from .rows import Text
 from .wordings import foreign_names, same_question, wordings
 
 _REQUEST = (
@@ -261,20 +262,6 @@ def read_review(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON object, or no row; the message names it.
+        ValueError: a line is no JSON object, or a row is none; the message names it.
     """
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}); each line is one row") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is a {type(row).__name__}; expected an object, one row a line")
-        read_rows([row], f"{path}, line {number}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
+    return load_rows(os.fspath(path))
