@@ -1,25 +1,9 @@
 """QF adapters for PEFT: knowledge from a prompt into the weights, solved in closed form from forward activations."""
 
-from .registration import register
+import sys
+from pathlib import PurePath
 
-register()
-
-from .card import model_card  # noqa: E402
-from .config import QFConfig  # noqa: E402
-from .documents import DocumentFacts, facts_from_document, read_review, write_review  # noqa: E402
-from .hub import push_to_hub  # noqa: E402
-from .joining import interference, merge_taught  # noqa: E402
-from .model import QFModel  # noqa: E402
-from .portable import save_as_lora  # noqa: E402
-from .portable_check import check_portable  # noqa: E402
-from .session import Session  # noqa: E402
-from .tiny import TINY_MODEL  # noqa: E402
-from .trainer import QFTrainer  # noqa: E402
-from .training_args import QFTrainingArguments  # noqa: E402
-from .wordings import with_wordings  # noqa: E402
-
-__all__ = [
-    "DocumentFacts", "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "Session", "TINY_MODEL",
-    "check_portable", "facts_from_document", "interference", "merge_taught", "model_card", "push_to_hub",
-    "read_review", "save_as_lora", "with_wordings", "write_review",
-]  # fmt: skip
+# The command `qf-peft` shows its help and refuses wrong usage before torch is loaded, and registers QF itself then.
+if PurePath(sys.argv[0] if sys.argv else "").stem != "qf-peft":
+    from .api import *  # noqa: F403
+    from .api import __all__  # noqa: F401

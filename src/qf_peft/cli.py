@@ -81,9 +81,7 @@ def teach(
     model: Model = None,
     tiny: Tiny = False,
     layers: Annotated[str | None, typer.Option(help="Blocks to edit, such as 23 or 20-27; by default all.")] = None,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="The paper's own setting, on one block (--layers 23).")
-    ] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's setting, on one block (--layers 23).")] = False,
     preserve: Annotated[str | None, typer.Option(help="A file or dataset of what the model must go on saying.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of QFTrainingArguments.")
@@ -337,9 +335,7 @@ def demo(
     model: Model = None,
     adapter: Adapter = None,
     tiny: Tiny = False,
-    host: Annotated[
-        str, typer.Option(help="The address to listen at; others than loopback let in everyone.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; others than loopback let in everyone.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
     folder: Annotated[Path, typer.Option(help="Where adapters are saved.")] = Path(),
     as_json: Annotated[bool, typer.Option(hidden=True)] = False,

@@ -134,10 +134,8 @@ def _moved(source: Path, folder: Path) -> None:
 def export(
     adapter: AdapterArgument,
     output: Target,
-    format: Annotated[str, typer.Option(help="peft (vLLM, SGLang, llama.cpp, Ollama, ...) or mlx (MLX-LM).")] = "peft",
-    rank: Annotated[
-        int | None, typer.Option(help="16, 32, 64, 128, ...; by default the least that loses nothing.")
-    ] = None,
+    format: Annotated[str, typer.Option(help="peft (vLLM, llama.cpp, Ollama, ...) or mlx (MLX-LM).")] = "peft",
+    rank: Annotated[int | None, typer.Option(help="16, 32, 64, ...; by default the least without loss.")] = None,
     all_layers: Annotated[bool, typer.Option("--all-layers", help="Zeros for blocks not edited (TGI, LoRAX).")] = False,
     model: Model = None,
     tiny: Tiny = False,
@@ -168,9 +166,7 @@ def export(
 def push(
     adapter: AdapterArgument,
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the Hub.")],
-    base_model: Annotated[
-        str | None, typer.Option(help="The base model's Hub id, if it was loaded from a folder.")
-    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Its Hub id, if it was loaded from a folder.")] = None,
     license: Annotated[str | None, typer.Option(help="The adapter's licence, such as apache-2.0.")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
     revision: Annotated[str | None, typer.Option(help="The branch to push to.")] = None,
