@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def on_screen() -> bool:
 
 
 def calm() -> None:
-    """Register QF with PEFT, and show no progress bars where nobody watches."""
+    """Register QF with PEFT, and show no progress bars where nobody watches, nor what libraries will change one day."""
+    warnings.simplefilter("ignore", FutureWarning)
     from transformers.utils import logging
 
     from .registration import register
