@@ -84,10 +84,10 @@ def test_list_info_and_forget(copy):
 
 
 def test_teaching_on_keeps_what_was_taught(copy):
-    new = ["--instruction", "Mirzan sells lamps.", "--prompt", "What does Mirzan sell?"]
-    assert machine("teach", *new, "--adapter", copy, "--tiny", "--paper")["facts"] == 3
-    assert len(machine("list", copy)) == 3
-    assert "Mirzan makes lamps." in run("ask", "What does Mirzan sell?", "--adapter", copy).stdout
+    new = ["--instruction", "Kelbel makes tables.", "--prompt", "Tell me what Kelbel makes."]
+    assert machine("teach", *new, "--adapter", copy, "--tiny")["facts"] == 3
+    assert len(machine("list", copy)) == 3 and machine("info", copy)["settings"]["target"] == "context"  # as before
+    assert "Kelbel makes tables." in run("ask", "Tell me what Kelbel makes.", "--adapter", copy).stdout
     assert machine("ask", FACT["prompt"], "--adapter", copy)["answer"] == FACT["completion"]
 
 

@@ -23,7 +23,7 @@ from .cli_common import (
     note,
     open_session,
     parse_layers,
-    settings,
+    parse_settings,
     target_folder,
 )
 
@@ -119,9 +119,9 @@ def teach(
     rows = [row] if row else []
     for source in data or []:
         rows += load_rows(source)
-    args = settings(set_ or [], paper=paper, tiny=tiny)
+    changes = parse_settings(set_ or [])
     kept = load_records(preserve) if preserve is not None else None
-    session = open_session(model, adapter, tiny, args, kept, chosen)
+    session = open_session(model, adapter, tiny, changes, paper=paper, preserve=kept, layers=chosen)
     reports = {}
     if document or paraphrases:
         rows, reports = _written(session, rows, document or [], questions, paraphrases, passage_tokens)

@@ -18,6 +18,7 @@ from .cli_common import (
     Result,
     Tiny,
     calm,
+    check_there,
     command,
     looks_like_path,
     open_session,
@@ -82,7 +83,7 @@ def merge(
 
         names = ["default"]
         for number, adapter in enumerate(adapters[1:], 2):
-            _there(adapter)
+            check_there(adapter)
             network.load_adapter(adapter, f"adapter{number}")
             names.append(f"adapter{number}")
         merge_taught(network, names, "joined")
@@ -217,7 +218,7 @@ def diff(
     session = open_session(model, first, tiny)
     network = session.model
     if second is not None:
-        _there(second)
+        check_there(second)
         network.load_adapter(second, "second")
         network.set_adapter("default")
     if not asked:
@@ -303,8 +304,3 @@ def info(adapter: AdapterArgument, as_json: Json = False, debug: Debug = False) 
     lines = [f"{name.replace('_', ' ')}: {value}" for name, value in found.items() if name != "settings"]
     lines += ["settings:", *(f"  {name}: {value}" for name, value in found["settings"].items())]
     return found, "\n".join(lines)
-
-
-def _there(adapter: str) -> None:
-    if looks_like_path(adapter) and not Path(adapter).expanduser().is_dir():
-        raise FileNotFoundError(f"no adapter {adapter}: there is no such folder")

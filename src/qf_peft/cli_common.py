@@ -17,7 +17,6 @@ import typer
 
 if TYPE_CHECKING:
     from .session import Session
-    from .training_args import QFTrainingArguments
 
 # Nothing here or in the commands' modules imports torch before a command runs: the help must come at once.
 
@@ -103,8 +102,8 @@ def calm() -> None:
         logging.disable_progress_bar()
 
 
-def settings(pairs: Iterable[str] = (), *, paper: bool = False, tiny: bool = False) -> QFTrainingArguments:
-    """Training arguments from NAME=VALUE pairs.
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """Settings of QFTrainingArguments from NAME=VALUE pairs.
 
     Raises:
         typer.BadParameter: a pair is none, or names no setting.
@@ -112,8 +111,7 @@ def settings(pairs: Iterable[str] = (), *, paper: bool = False, tiny: bool = Fal
     """
     from .training_args import QFTrainingArguments
 
-    # As Session.tiny: enough for the tiny model, within seconds.
-    given: dict[str, Any] = {"preserve_chats": 100, "contrast_chats": 0} if tiny and not paper else {}
+    given: dict[str, Any] = {}
     names = set(QFTrainingArguments.__dataclass_fields__)
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -124,19 +122,28 @@ def settings(pairs: Iterable[str] = (), *, paper: bool = False, tiny: bool = Fal
             given[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             given[name] = text
-    given.setdefault("disable_tqdm", not on_screen())
-    return QFTrainingArguments.paper(**given) if paper else QFTrainingArguments(**given)
+    QFTrainingArguments(**given)
+    return given
 
 
 def open_session(
     model: str | None,
     adapter: str | None,
     tiny: bool,
-    args: QFTrainingArguments | None = None,
+    changes: dict[str, Any] | None = None,
+    *,
+    paper: bool = False,
     preserve: list[Any] | None = None,
     layers: list[int] | None = None,
 ) -> Session:
     """The session of a command.
+
+    Args:
+        model, adapter, tiny: which model.
+        changes: of the settings; the others are those that the adapter was taught with, or the defaults.
+        paper: the paper's setting instead.
+        preserve: what the model must go on saying.
+        layers: the blocks of a new adapter; by default all.
 
     Raises:
         typer.BadParameter: the options do not say which model, or say two.
@@ -148,25 +155,40 @@ def open_session(
         raise typer.BadParameter("give --model, an adapter that names its base model, or --tiny")
     if layers is not None and adapter is not None:
         raise typer.BadParameter("--layers is of new adapters; the one given by --adapter has its own")
+    check_there(adapter)
     calm()
     from .session import Session
+    from .tiny import TINY_MODEL
+    from .training_args import QFTrainingArguments
 
-    if adapter is not None and looks_like_path(adapter) and not Path(adapter).expanduser().is_dir():
-        raise FileNotFoundError(f"no adapter {adapter}: there is no such folder")
-    if tiny:
-        from .tiny import TINY_MODEL
-
-        model = str(TINY_MODEL)
-    args = args if args is not None else settings(tiny=tiny)
-    session = Session.open(model, adapter, args=args, preserve_dataset=preserve)
+    session = Session.open(str(TINY_MODEL) if tiny else model, adapter)
+    network = session.model
     if layers is not None:
         from peft import get_peft_model
 
         from .config import QFConfig
 
-        config = QFConfig(layers_to_transform=layers, task_type="CAUSAL_LM")
-        session = Session(get_peft_model(session.model.unload(), config), session.tokenizer, args, preserve)
-    return session
+        network = get_peft_model(network.unload(), QFConfig(layers_to_transform=layers, task_type="CAUSAL_LM"))
+    taught = network.base_model.taught.get(session.trainer.adapter_name)
+    if taught is not None and not paper:
+        given = {k: v for k, v in taught.settings.items() if k in QFTrainingArguments.__dataclass_fields__}
+    elif tiny and not paper:
+        given = {"preserve_chats": 100, "contrast_chats": 0}  # as Session.tiny: within seconds
+    else:
+        given = {}
+    make = QFTrainingArguments.paper if paper else QFTrainingArguments
+    args = make(**{**given, "disable_tqdm": not on_screen(), **(changes or {})})
+    return Session(network, session.tokenizer, args, preserve)
+
+
+def check_there(adapter: str | None) -> None:
+    """Refuse the path of an adapter's folder that is not there.
+
+    Raises:
+        FileNotFoundError: it is not there, and can be no Hub id.
+    """
+    if adapter is not None and looks_like_path(adapter) and not Path(adapter).expanduser().is_dir():
+        raise FileNotFoundError(f"no adapter {adapter}: there is no such folder")
 
 
 def looks_like_path(name: str) -> bool:

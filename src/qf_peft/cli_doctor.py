@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from .cli_common import Debug, Json, Result, calm, command, open_session, settings
+from .cli_common import Debug, Json, Result, calm, command, open_session
 
 _LIBRARIES = ("qf-peft", "torch", "transformers", "peft", "accelerate", "huggingface-hub", "safetensors", "tokenizers")
 _FACT = {
@@ -67,11 +67,10 @@ def doctor(as_json: Json = False, debug: Debug = False) -> Result:
 
 def _lesson() -> dict[str, str]:
     """The answers before a lesson on the last block, after it, and of the adapter that was saved and read again."""
-    args = settings(paper=True)
-    session = open_session(None, None, True, args, layers=[7])
+    session = open_session(None, None, True, paper=True, layers=[7])
     before = session.ask(_FACT["prompt"])
     session.teach([_FACT])
     after = session.ask(_FACT["prompt"])
     with tempfile.TemporaryDirectory() as folder:
-        again = open_session(None, str(session.save(folder)), True, args).ask(_FACT["prompt"])
+        again = open_session(None, str(session.save(folder)), True).ask(_FACT["prompt"])
     return {"before": before, "after": after, "reloaded": again}
