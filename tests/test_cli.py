@@ -229,7 +229,7 @@ def test_only_json_on_standard_output_and_ctrl_c_changes_nothing(taught, tmp_pat
     assert process.returncode == 0, stderr
     assert json.loads(stdout)["with"] == FACT["completion"]
 
-    rows = [{**FACT, "prompt": f"{FACT['prompt']} {i}"} for i in range(2000)]
+    rows = [{**FACT, "prompt": f"{FACT['prompt']} {i}"} for i in range(20000)]
     (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
     process = command("teach", tmp_path / "many.jsonl", "--adapter", taught, "--tiny", "--json")
     time.sleep(12)
