@@ -39,17 +39,27 @@ class Batch:
     """(n): and its place in the whole pass's result."""
 
 
+def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each of at most so many tokens with its padding, or of one sequence."""
+    chosen: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chosen and (len(chosen) + 1) * lengths[i] > batch_tokens:
+            yield chosen
+            chosen = []
+        chosen.append(i)
+    if chosen:
+        yield chosen
+
+
 def batches(
-    sequences: Sequence[Sequence[int]], kept: Sequence[int], batch_size: int, pad_id: int, device: torch.device
+    sequences: Sequence[Sequence[int]], kept: Sequence[int], batch_tokens: int, pad_id: int, device: torch.device
 ) -> Iterator[Batch]:
     """Batches of similar length. Of each sequence the last token is only predicted, never read, and the `kept[i]`
     positions before it are kept; results are to be put back in the sequences' order by `Batch.order`."""
     starts = [0]
     for count in kept:
         starts.append(starts[-1] + count)
-    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for first in range(0, len(by_length), batch_size):
-        chosen = by_length[first : first + batch_size]
+    for chosen in by_length([len(ids) - 1 for ids in sequences], batch_tokens):
         inputs = [list(sequences[i][:-1]) for i in chosen]
         width = max(map(len, inputs))
         yield Batch(
@@ -111,7 +121,7 @@ def forward_pass(
     kept: Sequence[int],
     points: Mapping[str, Point],
     *,
-    batch_size: int,
+    batch_tokens: int,
     pad_id: int,
     head_inputs: Tensor | None = None,
     on_logits: Callable[[Tensor, Tensor, Tensor], None] | None = None,
@@ -126,6 +136,7 @@ def forward_pass(
         sequences: token ids; the last of each is not read.
         kept: how many of each sequence's last positions to keep.
         points: what to keep there, by name.
+        batch_tokens: how many tokens go through the model at once, padding included.
         head_inputs: (n, d), another pass's inputs of the unembedding; they are unembedded together with this pass's.
         on_logits: called a batch with the positions' places in the result (n_b), this pass's logits and those of
             `head_inputs` (n_b × vocabulary each). Without it the pass ends at the last point.
@@ -143,7 +154,7 @@ def forward_pass(
     result: dict[str, Tensor] = {}
     total = sum(kept)
     owner = [i for i, count in enumerate(kept) for _ in range(count)]
-    for batch in batches(sequences, kept, batch_size, pad_id, device):
+    for batch in batches(sequences, kept, batch_tokens, pad_id, device):
         found: dict[str, Tensor] = {}
         other = head_inputs[batch.order.to(head_inputs.device)] if head_inputs is not None else None
         on_batch(batch)
@@ -158,9 +169,8 @@ def forward_pass(
                 n = len(batch.order)
                 on_logits(batch.order, logits[:n], logits[n:])
         for name, values in found.items():
-            finite = torch.isfinite(values).all(1)
-            if not bool(finite.all()):
-                bad = owner[int(batch.order[int((~finite).nonzero()[0])])]
+            if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+                bad = owner[int(batch.order[int((~torch.isfinite(values).all(1)).nonzero()[0])])]
                 raise FloatingPointError(
                     f"row {bad}: the activations at {name} are not finite; the model overflows on this text (try "
                     "bfloat16 or float32 weights) or its weights are damaged"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .capture import Point, forward_pass
 from .generation import generate
 from .rows import Encoder, Row
+from .target import divergence
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Evaluator:
     Args:
         network: a causal language model, with or without adapters.
         encoder: its tokenizer's.
-        batch_size: prompts at once.
+        batch_tokens: tokens at once, padding included.
         max_new_tokens: an answer that has not ended by then counts as wrong.
         progress: called with the number of prompts done.
     """
@@ -66,12 +67,12 @@ class Evaluator:
         network: nn.Module,
         encoder: Encoder,
         *,
-        batch_size: int = 64,
+        batch_tokens: int = 4096,
         max_new_tokens: int = 64,
         progress: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.network, self.encoder = network, encoder
-        self.batch_size, self.max_new_tokens, self.progress = batch_size, max_new_tokens, progress
+        self.batch_tokens, self.max_new_tokens, self.progress = batch_tokens, max_new_tokens, progress
 
     def answers(self, rows: Sequence[Row], instructed: bool = False) -> list[str | None]:
         """The normalised answers to the rows' prompts, with or without instruction; None where one did not end."""
@@ -80,7 +81,7 @@ class Evaluator:
             self.encoder.tokenizer,
             [self.encoder.prompt_ids(row, instructed) for row in rows],
             max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
+            batch_tokens=self.batch_tokens,
             progress=self.progress,
         )
         return [normalise(text) if ended else None for text, ended in found]
@@ -97,7 +98,7 @@ class Evaluator:
         head = Point(self.network.get_output_embeddings(), "input")
         return forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {"head": head},
-            batch_size=self.batch_size, pad_id=self.encoder.tokenizer.pad_token_id,
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
         )["head"]  # fmt: skip
 
     @torch.no_grad()
@@ -107,12 +108,11 @@ class Evaluator:
         values = torch.empty(len(base))
 
         def compare(order: Tensor, now: Tensor, then: Tensor) -> None:
-            p, q = then.log_softmax(-1), now.log_softmax(-1)
-            values[order] = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()
+            values[order] = divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()
 
         forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, head_inputs=base, on_logits=compare,
-            batch_size=self.batch_size, pad_id=self.encoder.tokenizer.pad_token_id,
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
         )  # fmt: skip
         return mean(values)
 
@@ -129,7 +129,7 @@ class Evaluator:
 
         forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, on_logits=score,
-            batch_size=self.batch_size, pad_id=self.encoder.tokenizer.pad_token_id,
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
         )  # fmt: skip
         return float(values.double().mean().exp())
 

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from .capture import by_length
+
+_USUAL_ANSWER = 64  # tokens that an answer is given room for in sizing batches
+
 
 @torch.no_grad()
 def generate(
@@ -17,11 +21,13 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_size: int,
+    batch_tokens: int,
     sample_seed: int | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[tuple[str, bool]]:
     """The model's answers to prompts of token ids: greedy, or sampled at temperature 1 if a seed is given.
+
+    Batches hold up to `batch_tokens` tokens of prompts and usual answers.
 
     Returns:
         For each prompt the text without special tokens and outer whitespace, and whether the model ended it itself
@@ -37,16 +43,15 @@ def generate(
     stops = set(stops) if isinstance(stops, (list, tuple)) else {stops}
     device = model.get_input_embeddings().weight.device
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for first in range(0, len(by_length), batch_size):
-        chosen = by_length[first : first + batch_size]
+    room = min(max_new_tokens, _USUAL_ANSWER)
+    for number, chosen in enumerate(by_length([len(ids) + room for ids in prompts], batch_tokens)):
         width = max(len(prompts[i]) for i in chosen)
         pads = [width - len(prompts[i]) for i in chosen]
         ids = [[tokenizer.pad_token_id] * pad + list(prompts[i]) for pad, i in zip(pads, chosen, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
         with torch.random.fork_rng(enabled=sample_seed is not None):
             if sample_seed is not None:
-                torch.manual_seed(sample_seed + first)
+                torch.manual_seed(sample_seed + number)
             output = model.generate(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),

@@ -24,6 +24,7 @@ from .rounding import rounded_change
 from .saving import read_statistics
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
+from .stream import Writer
 
 logger = logging.get_logger(__name__)
 
@@ -49,11 +50,13 @@ class QFModel(LoraModel):
 
     taught: dict[str, TaughtAdapter]
     versions: dict[str, list[Version]]
+    writers: dict[str, Writer]
+    """By module name: how it reaches the residual stream, once that was measured."""
     _combining = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.taught, self.versions = {}, {}
+        self.taught, self.versions, self.writers = {}, {}, {}
 
     def _prepare_adapter_config(self, peft_config: QFConfig, model_config: Any) -> QFConfig:
         if peft_config.target_modules is None:
@@ -249,32 +252,34 @@ class QFModel(LoraModel):
 
     def factors(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
         """Copies of the adapter's factors A (r, d_in) and B (d_out, r) beside the module `name`."""
-        layer = self.layers(adapter_name)[name]
+        layer = self.model.get_submodule(name)
         return tuple(part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
 
     def delta(self, adapter_name: str, name: str) -> LowRankDelta:
         """The adapter's present change of the module `name`, float32."""
         a, b = self.factors(adapter_name, name)
-        return LowRankDelta(A=a.float(), B=b.float() * self.layers(adapter_name)[name].scaling[adapter_name])
+        return LowRankDelta(A=a.float(), B=b.float() * self.model.get_submodule(name).scaling[adapter_name])
 
-    def install(self, adapter_name: str, deltas: Mapping[str, LowRankDelta]) -> None:
+    def install(self, adapter_name: str, deltas: Mapping[str, LowRankDelta], even: bool = True) -> None:
         """Put changes into an adapter; its other modules keep theirs.
 
         All modules get one rank, so that the file is one that every reader of LoRA files takes: the config's `r`, or
-        where it grows the largest any module needs, with zeros added to the others.
+        where it grows the largest any module needs, with zeros added to the others. With `even=False` that is left to a
+        later call: the modules given have the ranks of their changes until then.
         """
         config, layers = self.peft_config[adapter_name], self.layers(adapter_name)
         cap = None if config.grows else config.r
         full = {name: d.compressed(cap) if cap and d.rank > cap else d for name, d in deltas.items()}
-        for name in layers.keys() - deltas.keys():
-            present = self.delta(adapter_name, name)
-            used = present.A.any(dim=1)
-            full[name] = LowRankDelta(A=present.A[used], B=present.B[:, used])
+        if even:
+            for name in layers.keys() - deltas.keys():
+                present = self.delta(adapter_name, name)
+                used = present.A.any(dim=1)
+                full[name] = LowRankDelta(A=present.A[used], B=present.B[:, used])
         rank = cap or max([1, *(delta.rank for delta in full.values())])
         factors = {}
         for name, delta in full.items():
             a, b = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
-            factors[name] = padded((delta.A.to(a), delta.B.to(b)), rank)
+            factors[name] = padded((delta.A.to(a), delta.B.to(b)), rank if even else max(1, cap or delta.rank))
         self.set_factors(adapter_name, factors)
 
     def clear(self, adapter_name: str) -> None:

@@ -52,7 +52,7 @@ class PreservedWalk:
             options = {**lesson.options, "progress": lambda n: None}
             index = lesson.index[self.first]
             self.walk = Walk(lesson.network, lesson.blocks, index, sequences, kept, **options)
-            self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")})["keys"]
+            self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")}, index)["keys"]
 
     def keys(self, name: str) -> Tensor:
         """(m, d_in) float32."""
@@ -94,7 +94,7 @@ def preserved_chats(
         return None, None
     contrast, layers = None, tuner.layers(adapter)
     options = {
-        "batch_size": args.per_device_train_batch_size, "seed": args.seed, "cache_dir": args.cache_dir,
+        "batch_tokens": args.batch_tokens, "seed": args.seed, "cache_dir": args.cache_dir,
         "progress": progress,
     }  # fmt: skip
     own = 0 if chats is not None else args.preserve_chats

@@ -262,8 +262,7 @@ class QFTrainer:
         pad = self.encoder.tokenizer.pad_token_id
         for _ in range(self.args.sweeps):
             examples = [
-                examples[i]
-                for i in unsaid(self._network, examples, batch_size=self.args.per_device_train_batch_size, pad_id=pad)
+                examples[i] for i in unsaid(self._network, examples, batch_tokens=self.args.batch_tokens, pad_id=pad)
             ]
             if not examples:
                 break
@@ -322,7 +321,7 @@ class QFTrainer:
         with _evaluating(self._network), self._progress() as progress:
             rows = self._completed(progress)
             ask = Evaluator(
-                self._network, self.encoder, batch_size=self.args.per_device_train_batch_size,
+                self._network, self.encoder, batch_tokens=self.args.batch_tokens,
                 max_new_tokens=self.args.max_new_tokens, progress=progress.update,
             )  # fmt: skip
             return measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self._tuner.without_adapters)
@@ -342,7 +341,7 @@ class QFTrainer:
                 self.encoder.tokenizer,
                 [self.encoder.prompt_ids(row, instructed=instructed) for row in rows],
                 max_new_tokens=self.args.max_new_tokens,
-                batch_size=self.args.per_device_train_batch_size,
+                batch_tokens=self.args.batch_tokens,
                 progress=progress.update,
             )
 

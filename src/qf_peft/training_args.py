@@ -66,8 +66,13 @@ class QFTrainingArguments:
         memory_rank (`int`, defaults to 1024):
             What was taught and preserved binds later lessons through the second moment of its keys. Of a module with a
             larger d_in so many directions are remembered, the largest; the rest is bounded and added to the ridge.
-        per_device_train_batch_size (`int`, defaults to 64):
-            How many rows go through the model at once. It changes the speed and the memory, not the result.
+        batch_tokens (`int`, defaults to 4096):
+            How many tokens go through the model at once, padding included; rows of like length share a batch. It
+            changes the speed and the memory, not the result.
+        measure (`bool`, defaults to `True`):
+            Whether `train()` measures `kl_before`, `kl_after` and `unread` where the solve does without the model's
+            predictions (`target="context"`, no `margin`, `significance="rows"`). `False` ends both passes at the last
+            edited block: a lesson then costs hardly more than these.
         max_new_tokens (`int`, defaults to 256):
             How long an answer may be that the model gives itself, for rows without a completion.
         seed (`int`, defaults to 0):
@@ -96,7 +101,8 @@ class QFTrainingArguments:
     rehearse: float = 1.25
     rank_tolerance: float = 0.1
     memory_rank: int = 1024
-    per_device_train_batch_size: int = 64
+    batch_tokens: int = 4096
+    measure: bool = True
     max_new_tokens: int = 256
     seed: int = 0
     cache_dir: str | Path | None = None
@@ -104,7 +110,7 @@ class QFTrainingArguments:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("per_device_train_batch_size", 1),
+            ("batch_tokens", 1),
             ("max_new_tokens", 1),
             ("preserve_chats", 1),
             ("contrast_chats", 0),
@@ -141,6 +147,12 @@ class QFTrainingArguments:
         settings = asdict(self)
         del settings["cache_dir"], settings["disable_tqdm"]
         return settings
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a lesson needs the model's predictions, and not only its states."""
+        solved = self.target == "nearest" or self.margin is not None or self.significance == "kl"
+        return self.measure or solved or self.sweeps > 1
 
     @classmethod
     def paper(cls, **settings) -> QFTrainingArguments:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,8 +49,9 @@ class Walk:
         self._calls: list[list[tuple[tuple, dict]]] = []  # a batch, a block
 
     @torch.no_grad()
-    def begin(self, points: Mapping[str, Point], **options: Any) -> dict[str, Tensor]:
-        """The first pass: keeps the points' activations as [`forward_pass`] does, and halts before the first block."""
+    def begin(self, points: Mapping[str, Point], last: int, **options: Any) -> dict[str, Tensor]:
+        """The first pass, through the blocks up to `last`: keeps the points' activations as [`forward_pass`] does, and
+        halts before the first block."""
 
         def note(index: int):
             def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -70,6 +71,7 @@ class Walk:
             for index, block in enumerate(self.blocks):
                 handle = block.register_forward_pre_hook(note(index), with_kwargs=True)
                 stack.callback(handle.remove)
+            stack.enter_context(passed_through(self.blocks, range(last + 1, len(self.blocks))))
             found = forward_pass(
                 self.network,
                 self.sequences,
@@ -80,7 +82,7 @@ class Walk:
                 **self.options,
                 **options,
             )
-        self.steps += 1
+        self.steps += (last + 1) / len(self.blocks)
         return found
 
     @torch.no_grad()
@@ -113,3 +115,33 @@ class Walk:
         args, kwargs = self._calls[number][index]
         output = self.blocks[index](hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def passed_through(blocks: nn.ModuleList, skipped: Collection[int]) -> Iterator[None]:
+    """While open, the blocks `skipped` give back the hidden state they are called with, and cost nothing.
+
+    Block 0 is never among them: what it returns beside the hidden state, if anything, the skipped ones return too.
+    """
+    beside: list[tuple] = []
+
+    def see(_: nn.Module, __: tuple, output: Any) -> None:
+        beside[:] = [] if isinstance(output, Tensor) else [tuple(None for _ in output[1:])]
+
+    def give_back(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *beside[0]) if beside else hidden
+
+    own = {index: vars(blocks[index]).get("forward") for index in skipped}
+    handle = blocks[0].register_forward_hook(see)
+    try:
+        for index in skipped:
+            blocks[index].forward = give_back
+        yield
+    finally:
+        handle.remove()
+        for index, forward in own.items():
+            if forward is None:
+                vars(blocks[index]).pop("forward", None)
+            else:
+                blocks[index].forward = forward
