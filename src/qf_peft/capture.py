@@ -10,6 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .prefix import Group, empty_cache, repeated, shared
+from .scratch import Scratch
+
 
 @dataclass(frozen=True)
 class Point:
@@ -30,7 +33,7 @@ class Batch:
     input_ids: Tensor
     """(b, t)"""
     attention_mask: Tensor
-    """(b, t)"""
+    """(b, p + t), where p tokens before these are cached."""
     rows: Tensor
     """(n): for each position kept, its sequence in the batch."""
     columns: Tensor
@@ -52,19 +55,27 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def batches(
-    sequences: Sequence[Sequence[int]], kept: Sequence[int], batch_tokens: int, pad_id: int, device: torch.device
+    sequences: Sequence[Sequence[int]],
+    kept: Sequence[int],
+    batch_tokens: int,
+    pad_id: int,
+    device: torch.device,
+    group: Group,
 ) -> Iterator[Batch]:
-    """Batches of similar length. Of each sequence the last token is only predicted, never read, and the `kept[i]`
-    positions before it are kept; results are to be put back in the sequences' order by `Batch.order`."""
-    starts = [0]
-    for count in kept:
-        starts.append(starts[-1] + count)
-    for chosen in by_length([len(ids) - 1 for ids in sequences], batch_tokens):
-        inputs = [list(sequences[i][:-1]) for i in chosen]
+    """A group's sequences, without what they all begin with, in batches of similar length.
+
+    Of each sequence the last token is only predicted, never read, and the `kept[i]` positions before it are kept;
+    results are to be put back in the sequences' order by `Batch.order`.
+    """
+    starts = torch.tensor([0, *kept]).cumsum(0).tolist()
+    begin, members = len(group.prefix), group.members
+    for numbers in by_length([len(sequences[i]) - 1 - begin + begin // 4 for i in members], batch_tokens):
+        chosen = [members[number] for number in numbers]
+        inputs = [list(sequences[i][begin:-1]) for i in chosen]
         width = max(map(len, inputs))
         yield Batch(
             torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in inputs], device=device),
-            torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in inputs], device=device),
+            torch.tensor([[1] * (begin + len(ids)) + [0] * (width - len(ids)) for ids in inputs], device=device),
             torch.tensor([b for b, i in enumerate(chosen) for _ in range(kept[i])], device=device),
             torch.tensor(
                 [c for ids, i in zip(inputs, chosen, strict=True) for c in range(len(ids) - kept[i], len(ids))],
@@ -127,6 +138,7 @@ def forward_pass(
     on_logits: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
     whole: bool = False,
+    scratch: Scratch | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Tensor]:
     """One pass of all sequences through a causal language model.
@@ -141,7 +153,9 @@ def forward_pass(
         on_logits: called a batch with the positions' places in the result (n_b), this pass's logits and those of
             `head_inputs` (n_b × vocabulary each). Without it the pass ends at the last point.
         on_batch: called with each batch before it is run.
-        whole: run every block even without `on_logits`; the unembedding is left out.
+        whole: run every block on every token, even without `on_logits`; the unembedding is left out. Otherwise what
+            several sequences begin with (32 tokens or more) is run once, up to the last point.
+        scratch: where the result is put.
         progress: called with the number of sequences done.
 
     Returns:
@@ -151,35 +165,64 @@ def forward_pass(
         FloatingPointError: an activation is not finite; the message names the point and the sequence.
     """
     device = model.get_input_embeddings().weight.device
+    scratch = scratch if scratch is not None else Scratch()
     result: dict[str, Tensor] = {}
-    total = sum(kept)
-    owner = [i for i, count in enumerate(kept) for _ in range(count)]
-    for batch in batches(sequences, kept, batch_tokens, pad_id, device):
-        found: dict[str, Tensor] = {}
-        other = head_inputs[batch.order.to(head_inputs.device)] if head_inputs is not None else None
-        on_batch(batch)
-        run = model.get_decoder() if whole and not on_logits else model
-        with (
-            capture(points, batch, found, stop=not whole and on_logits is None),
-            _unembedding_only(model, batch, other) if on_logits else nullcontext(),
-        ):
-            output = run(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            if on_logits:
-                logits = output.logits[0].float()
-                n = len(batch.order)
-                on_logits(batch.order, logits[:n], logits[n:])
-        for name, values in found.items():
-            if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
-                bad = owner[int(batch.order[int((~torch.isfinite(values).all(1)).nonzero()[0])])]
-                raise FloatingPointError(
-                    f"row {bad}: the activations at {name} are not finite; the model overflows on this text (try "
-                    "bfloat16 or float32 weights) or its weights are damaged"
+    owner = torch.repeat_interleave(torch.arange(len(kept)), torch.tensor(kept, dtype=torch.long))
+    run = model.get_decoder() if whole and not on_logits else model
+    stop = not whole and on_logits is None
+    limits = [len(ids) - 1 - count for ids, count in zip(sequences, kept, strict=True)]
+    groups = [Group(list(range(len(sequences))), ())] if whole else shared(sequences, limits)
+    for group in groups:
+        cache = _prefill(model, group.prefix, points if stop else {}, device) if group.prefix else None
+        if cache is None:
+            group = Group(group.members, ())
+        for batch in batches(sequences, kept, batch_tokens, pad_id, device, group):
+            found: dict[str, Tensor] = {}
+            other = head_inputs[batch.order.to(head_inputs.device)] if head_inputs is not None else None
+            on_batch(batch)
+            past = {} if cache is None else {"past_key_values": repeated(cache, len(batch.input_ids))}
+            with (
+                capture(points, batch, found, stop),
+                _unembedding_only(model, batch, other) if on_logits else nullcontext(),
+            ):
+                output = run(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=cache is not None, **past
                 )
-            if name not in result:
-                result[name] = values.new_empty(total, values.shape[1])
-            result[name][batch.order.to(values.device)] = values
-        progress(len(batch.input_ids))
+                if on_logits:
+                    logits = output.logits[0].float()
+                    n = len(batch.order)
+                    on_logits(batch.order, logits[:n], logits[n:])
+            for name, values in found.items():
+                if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+                    bad = int(owner[batch.order[int((~torch.isfinite(values).all(1)).nonzero()[0])]])
+                    raise FloatingPointError(
+                        f"row {bad}: the activations at {name} are not finite; the model overflows on this text (try "
+                        "bfloat16 or float32 weights) or its weights are damaged"
+                    )
+                put(result, name, values, batch, len(owner), scratch)
+            progress(len(batch.input_ids))
     return result
+
+
+def put(result: dict[str, Tensor], name: str, values: Tensor, batch: Batch, total: int, scratch: Scratch) -> None:
+    """Put a batch's activations (n_b, d) where they belong among all: (total, d)."""
+    if name not in result:
+        result[name] = scratch.empty(total, values.shape[1], values.dtype, values.device)
+    place = result[name].device
+    result[name][batch.order.to(place)] = values.to(place)
+
+
+def _prefill(model: nn.Module, prefix: Sequence[int], points: Mapping[str, Point], device: torch.device):
+    """The cache after a prefix, up to the last of the points (without points, all blocks); None if there is none."""
+    cache = empty_cache(model)
+    if cache is None:
+        return None
+    ids = torch.tensor([list(prefix)], device=device)
+    nowhere = torch.tensor([], dtype=torch.long, device=device)
+    batch = Batch(ids, torch.ones_like(ids), nowhere, nowhere, nowhere.cpu())
+    with capture(points, batch, {}, stop=bool(points)):
+        model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from .moments import SecondMoment
 from .preserve import Preserved, answer_starts, nearness
 from .preserved_walk import FEW, PreservedWalk, middle
 from .rows import Example
-from .solve import LowRankDelta, beside, minimum_norm, null_space
-from .statistics import TaughtAdapter, TaughtTokens
+from .scratch import Scratch
+from .solve import LowRankDelta, TaughtTokens, beside, minimum_norm, null_space
+from .statistics import TaughtAdapter
 from .stream import Writer, aim_through_norm, norm_gain, trace_writer
 from .target import Reading, Unembedding, aim, lead, read_off
 from .training_args import QFTrainingArguments
@@ -81,6 +82,7 @@ class Lesson:
             "batch_tokens": args.batch_tokens,
             "pad_id": pad_id,
             "progress": progress,
+            "scratch": Scratch(args.activation_bytes),
         }
         self.gold = torch.tensor([token for example in examples for token in example.targets])
         self.weights = torch.tensor([s for example in examples for s in example.significance])
@@ -182,7 +184,7 @@ class Lesson:
     ) -> tuple[TaughtAdapter, float]:
         """Solve and install one module after the other. Returns the statistics, and the part of the change wanted that
         the last module leaves undone."""
-        known, chats, final = self._known(), None, self._final()
+        known, chats, final, scratch = self._known(), None, self._final(), self.options["scratch"]
         writers = [name for name in self.names if self.writers[name].place is not None]
         missing: Tensor | None = None  # of the final stream
         wanted = left = torch.zeros(())
@@ -195,18 +197,20 @@ class Lesson:
             if number:
                 walk.advance(self.index[name])
                 found = walk.look(self.index[final if spread and measured else name], self._points(name, measured))
-            if not spread:
-                gap = target[name] - found["goal"]
-            elif measured:
-                gap = missing = target[final] - found["goal"]
+            if measured:
+                wished = target[final if spread else name]
+                gap = scratch.map(lambda to, at: to - at.to(to.device), wished, found["goal"])
             else:
                 gap = missing
             if name == (writers[0] if final is not None else self.names[-1]):
                 wanted = gap.norm()
             keys, device = found["keys"], found["keys"].device
-            residual = self._residual(name, found.get("output"), gap / behind)
+            outputs = [found["output"]] if "output" in found else []
+            residual = scratch.map(
+                lambda g, *o, name=name, behind=behind: self._residual(name, g / behind, *o), gap, *outputs
+            )
             new = TaughtTokens(keys, residual.to(device), significance.to(device))
-            before = self.tuner.delta(self.adapter, name)(keys)
+            before = self.tuner.delta(self.adapter, name)
             if self.preserved is None and not self.standing:
                 delta = self._solve_anew(name, new, known)
             else:
@@ -218,8 +222,11 @@ class Lesson:
                     near = chats.keys(name)
                 delta = self._solve_beside(name, new, near, known)
             self.tuner.install(self.adapter, {name: delta}, even=False)
-            moved = self._reached(name, found.get("output"), self.tuner.delta(self.adapter, name)(keys) - before)
-            rest = gap - moved.to(gap.device)
+            step = self.tuner.delta(self.adapter, name) + LowRankDelta(A=before.A, B=-before.B)
+            rest = scratch.map(
+                lambda g, k, *o, name=name, step=step: g - self._reached(name, step(k), *o).to(g.device),
+                gap, keys, *outputs,
+            )  # fmt: skip
             missing = rest if spread else missing
             if name == (final or self.names[-1]):
                 left = rest.norm()
@@ -238,7 +245,8 @@ class Lesson:
         known.bound.pop(name, None)
         offset = known.offset.get(name)
         before = present if offset is None else present + LowRankDelta(A=offset.A, B=-offset.B)
-        new = TaughtTokens(new.keys, new.residual + before(new.keys), new.significance)
+        residual = self.options["scratch"].map(lambda r, k: r + before(k), new.residual, new.keys)
+        new = TaughtTokens(new.keys, residual, new.significance)
         tokens = known.tokens[name] = known.tokens[name] + new if name in known.tokens else new
         delta = minimum_norm(tokens.keys, tokens.residual, tokens.significance)
         return delta if offset is None else (delta + offset).compressed()
@@ -270,10 +278,10 @@ class Lesson:
                 moved = 0 * before(keys) if known.styled else before(keys)
                 if name in known.foundation and not known.styled:
                     moved = moved - known.foundation[name].to(keys.dtype)(keys)
-                both = new + TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
-                change = beside(both.keys, both.residual, bound, both.significance)
+                stays = TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
+                change = beside(bound, new, stays)
         if preserved is None:
-            change = beside(new.keys, new.residual, bound, new.significance)
+            change = beside(bound, new)
         config = self.tuner.peft_config[self.adapter]
         # The last module's loss would not be made up for by another.
         dropped = self.args.rank_tolerance * change.norm if config.grows and name != self.names[-1] else 0.0
@@ -345,7 +353,7 @@ class Lesson:
             points["goal"] = self._goal(aim)
         return points
 
-    def _residual(self, name: str, output: Tensor | None, missing: Tensor) -> Tensor:
+    def _residual(self, name: str, missing: Tensor, output: Tensor | None = None) -> Tensor:
         """What the module's outputs (n, d_out) must change by for the stream to change by `missing` (n, d_out)."""
         change = missing / self.writers[name].multiplier
         if output is None:
@@ -353,7 +361,7 @@ class Lesson:
         gain = self._gain(name, output)
         return aim_through_norm(gain, output, _normed(gain, output) + change.to(output.device)) - output
 
-    def _reached(self, name: str, output: Tensor | None, change: Tensor) -> Tensor:
+    def _reached(self, name: str, change: Tensor, output: Tensor | None = None) -> Tensor:
         """What the stream changes by where the module's outputs (n, d_out) change by `change`."""
         if output is not None:
             gain = self._gain(name, output)

@@ -22,6 +22,25 @@ _LARGE = 2048  # rows of a Gram matrix whose eigenvectors take too long
 
 
 @dataclass(frozen=True)
+class TaughtTokens:
+    """The rows of one module's least squares, one a taught position."""
+
+    keys: Tensor
+    """(n, d_in) float32: the module's inputs in the bare pass."""
+    residual: Tensor
+    """(n, d_out) float32: what the module's outputs should change by, measured from the base weights."""
+    significance: Tensor
+    """(n) float32: how much each row counts."""
+
+    def __add__(self, other: TaughtTokens) -> TaughtTokens:
+        return TaughtTokens(
+            torch.cat([self.keys, other.keys]),
+            torch.cat([self.residual, other.residual]),
+            torch.cat([self.significance, other.significance]),
+        )
+
+
+@dataclass(frozen=True)
 class LowRankDelta:
     """The change ΔW = B A of a weight."""
 
@@ -170,10 +189,11 @@ def preserving(
     else:
         bound.matrix *= strength
     bound.floor = ridge
-    return beside(keys, residual, bound, significance).compressed().to(torch.float32)
+    given = torch.ones(len(keys), device=keys.device) if significance is None else significance
+    return beside(bound, TaughtTokens(keys, residual, given)).compressed().to(torch.float32)
 
 
-def beside(keys: Tensor, residual: Tensor, bound: SecondMoment, significance: Tensor | None = None) -> LowRankDelta:
+def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
     """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ), where P is `bound`, its floor ε on the diagonal;
     and P + Yᵀ S Y in `bound`: one step of recursive least squares.
 
@@ -184,10 +204,8 @@ def beside(keys: Tensor, residual: Tensor, bound: SecondMoment, significance: Te
       the rows of Z, ΔW = Zᵀ (K Kᵀ + ε I)⁻¹ K, of (m + n) × (m + n).
 
     Args:
-        keys: Y, (n, d_in).
-        residual: R, (n, d_out).
         bound: P, with ε > 0 in its `floor`; updated in place.
-        significance: s, (n), ≥ 0; by default 1 for every row.
+        parts: the rows of Y, R and s, in one part or several.
 
     Returns:
         Factors of rank ≤ min(m + n, d_out) in float64, not compressed.
@@ -195,27 +213,28 @@ def beside(keys: Tensor, residual: Tensor, bound: SecondMoment, significance: Te
     Raises:
         ValueError: shapes do not agree, a value is not finite, a weight negative, or ε not positive.
     """
-    root, _ = _checked(keys, residual, significance)
-    if bound.width != keys.shape[1]:
-        raise ValueError(f"the moment is of keys of width {bound.width}; the keys taught have width {keys.shape[1]}")
+    for rows in parts:
+        _checked(rows.keys, rows.residual, rows.significance)
+        if bound.width != rows.keys.shape[1]:
+            width = rows.keys.shape[1]
+            raise ValueError(f"the moment is of keys of width {bound.width}; the keys taught have width {width}")
     if not bound.floor > 0:
         raise ValueError(f"ridge={bound.floor!r}; expected a positive number (use minimum_norm for none)")
-    bound.update(keys, root.float().square())
+    for rows in parts:
+        bound.update(rows.keys, rows.significance)
+    outs = parts[0].residual.shape[1]
     if bound.root is not None:
-        rows = bound.root.double()
-        gram = rows @ rows.T
+        keys = bound.root.double()
+        gram = keys @ keys.T
         gram.diagonal().add_(bound.floor)
-        wanted = rows.new_zeros(len(rows), residual.shape[1])
-        wanted[len(rows) - len(keys) :] = residual.double() * root[:, None]
+        wanted = torch.cat([rows.residual.double() * rows.significance.double().sqrt()[:, None] for rows in parts])
+        wanted = torch.cat([wanted.new_zeros(len(keys) - len(wanted), outs), wanted])
         weights = torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))
-        return _rows(weights.T @ rows) if residual.shape[1] <= len(rows) else LowRankDelta(A=rows, B=weights.T)
+        return _rows(weights.T @ keys) if outs <= len(keys) else LowRankDelta(A=keys, B=weights.T)
     system = bound.matrix.clone()
     system.diagonal().add_(bound.floor)
     factor = torch.linalg.cholesky(system, out=system)
-    if len(keys) < residual.shape[1]:
-        weighted = keys.double() * root[:, None]
-        return LowRankDelta(torch.cholesky_solve(weighted.T, factor).T, (residual.double() * root[:, None]).T)
-    cross = sum_of_products(residual, keys, root.square())
+    cross = sum(sum_of_products(rows.residual, rows.keys, rows.significance) for rows in parts)
     return _rows(torch.cholesky_solve(cross.T, factor).T)
 
 
@@ -262,7 +281,8 @@ def null_space(
         inside.root, inside.matrix = None, projected(half.T)
     y = projected(keys).to(keys.dtype)
     inside.floor = bound.floor
-    return beside(y, residual, inside, significance).compressed().to(torch.float32)
+    given = torch.ones(len(y), device=y.device) if significance is None else significance
+    return beside(inside, TaughtTokens(y, residual, given)).compressed().to(torch.float32)
 
 
 def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> LowRankDelta:

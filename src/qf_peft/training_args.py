@@ -69,6 +69,10 @@ class QFTrainingArguments:
         batch_tokens (`int`, defaults to 4096):
             How many tokens go through the model at once, padding included; rows of like length share a batch. It
             changes the speed and the memory, not the result.
+        activation_memory (`float`, *optional*):
+            How many GB of activations (keys, residuals, the states between blocks) a lesson may hold in memory. What
+            is beyond lies in temporary files (`TMPDIR`, on a disk) and is gone through in blocks; the result is the
+            same. The solves take up to some d_in × d_in matrices in float64 besides. By default all is in memory.
         measure (`bool`, defaults to `True`):
             Whether `train()` measures `kl_before`, `kl_after` and `unread` where the solve does without the model's
             predictions (`target="context"`, no `margin`, `significance="rows"`). `False` ends both passes at the last
@@ -102,6 +106,7 @@ class QFTrainingArguments:
     rank_tolerance: float = 0.1
     memory_rank: int = 1024
     batch_tokens: int = 4096
+    activation_memory: float | None = None
     measure: bool = True
     max_new_tokens: int = 256
     seed: int = 0
@@ -139,14 +144,22 @@ class QFTrainingArguments:
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and not value):
                 expected = "a positive number" if positive else "a number from 0 up"
                 raise ValueError(f"QFTrainingArguments: {name}={value!r}; expected {expected}")
+        memory = self.activation_memory
+        if memory is not None and not (isinstance(memory, (int, float)) and math.isfinite(memory) and memory >= 0):
+            raise ValueError(f"QFTrainingArguments: activation_memory={memory!r}; expected a number of GB or None")
         if self.margin is not None and not (isinstance(self.margin, (int, float)) and self.margin > 0):
             raise ValueError(f"QFTrainingArguments: margin={self.margin!r}; expected a positive number or None")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, for JSON; without those that are about this machine and screen only."""
         settings = asdict(self)
-        del settings["cache_dir"], settings["disable_tqdm"]
+        del settings["cache_dir"], settings["disable_tqdm"], settings["activation_memory"]
         return settings
+
+    @property
+    def activation_bytes(self) -> float | None:
+        """`activation_memory` in bytes."""
+        return None if self.activation_memory is None else self.activation_memory * 1e9
 
     @property
     def predicts(self) -> bool:

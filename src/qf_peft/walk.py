@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Batch, Point, capture, forward_pass
+from .capture import Batch, Point, capture, forward_pass, put
+from .scratch import Scratch
 
 
 class Walk:
@@ -43,8 +44,10 @@ class Walk:
     ) -> None:
         self.network, self.blocks, self.at = network, blocks, first
         self.sequences, self.kept, self.options = sequences, kept, options
+        self.scratch: Scratch = options.get("scratch") or Scratch()
         self.hidden = []
         self.steps = 0.0
+        self._device: list[torch.device] = []
         self._batches: list[Batch] = []
         self._calls: list[list[tuple[tuple, dict]]] = []  # a batch, a block
 
@@ -59,7 +62,8 @@ class Walk:
                 rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
                 self._calls[-1].append((args[1:], rest))
                 if index == self.at:
-                    self.hidden.append(hidden)
+                    self._device.append(hidden.device)
+                    self.hidden.append(self.scratch.keep(hidden))
 
             return see
 
@@ -92,13 +96,11 @@ class Walk:
         for number, batch in enumerate(self._batches):
             found: dict[str, Tensor] = {}
             with capture(points, batch, found, stop=True):
-                hidden = self.hidden[number]
+                hidden = self.hidden[number].to(self._device[number])
                 for index in range(self.at, last + 1):
                     hidden = self._call(index, number, hidden)
             for name, values in found.items():
-                if name not in result:
-                    result[name] = values.new_empty(sum(self.kept), values.shape[1])
-                result[name][batch.order.to(values.device)] = values
+                put(result, name, values, batch, sum(self.kept), self.scratch)
         self.steps += (last + 1 - self.at) / len(self.blocks)
         return result
 
@@ -106,8 +108,10 @@ class Walk:
     def advance(self, to: int) -> None:
         """Go on to before block `to`."""
         for number in range(len(self._batches)):
+            hidden = self.hidden[number].to(self._device[number])
             for index in range(self.at, to):
-                self.hidden[number] = self._call(index, number, self.hidden[number])
+                hidden = self._call(index, number, hidden)
+            self.hidden[number].copy_(hidden)
         self.steps += (to - self.at) / len(self.blocks)
         self.at = to
 
