@@ -11,11 +11,19 @@ from .joining import interference, merge_taught  # noqa: E402
 from .model import QFModel  # noqa: E402
 from .portable import save_as_lora  # noqa: E402
 from .portable_check import check_portable  # noqa: E402
+from .records import (  # noqa: E402
+    rows_from_counterfact,
+    rows_from_easyedit,
+    rows_from_knowedit,
+    rows_from_requests,
+    rows_from_zsre,
+)
 from .tiny import TINY_MODEL  # noqa: E402
 from .trainer import QFTrainer  # noqa: E402
 from .training_args import QFTrainingArguments  # noqa: E402
 
 __all__ = [
     "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "TINY_MODEL", "check_portable", "interference",
-    "merge_taught", "model_card", "push_to_hub", "save_as_lora",
+    "merge_taught", "model_card", "push_to_hub", "rows_from_counterfact", "rows_from_easyedit", "rows_from_knowedit",
+    "rows_from_requests", "rows_from_zsre", "save_as_lora",
 ]  # fmt: skip
