@@ -37,7 +37,7 @@ def test_paper_queries():
 
 def parts(text):
     """What an example prints under each title: the answers by question."""
-    found = {}
+    found, title = {}, ""
     for line in text.splitlines():
         if "  ->  " in line and line.startswith("  "):
             question, answer = line.strip().split("  ->  ")
