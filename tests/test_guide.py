@@ -104,7 +104,7 @@ plain
 
 
 def test_rules():
-    assert list(commands(RULES)) == [("python", "a = 3", "b = 2\n", 4), ("python", "c = 4", "d = c\n", 16)]
+    assert list(commands(RULES)) == [("python", "a = 3", "b = 2\n", 4), ("python", "c = 4", "d = c\n", 15)]
 
 
 @pytest.mark.parametrize("document", ["README.md", "examples/README.md"])
