@@ -1,10 +1,11 @@
-"""One lesson shared by several processes: plain QFTrainer code, started by accelerate.
+"""One lesson shared by several processes: plain QFTrainer code, started by accelerate or torchrun.
 
-accelerate launch --num_processes 2 examples/distributed.py --tiny --output adapter           # the tiny model, offline
-accelerate launch examples/distributed.py --model Qwen/Qwen2.5-7B-Instruct --output adapter
+accelerate launch examples/distributed.py --model Qwen/Qwen2.5-7B-Instruct --output adapter   # a process for each GPU
+torchrun --nproc_per_node 2 examples/distributed.py --tiny --output adapter                   # the tiny model, offline
+accelerate launch --cpu examples/distributed.py --tiny --output adapter                       # in one process
 
-Every process loads the model, reads all rows and calls the same methods; the main one saves. It runs without a launcher
-too.
+Every process loads the model, reads all rows and calls the same methods; the main one saves. (On CPUs alone `accelerate
+launch` starts one process; `torchrun` starts several.)
 """
 
 import argparse
@@ -31,7 +32,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="use the tiny model, offline")
     parser.add_argument("--output", required=True, help="the folder to save the adapter in")
     options = parser.parse_args()
-    state = PartialState()
+    state = PartialState(cpu=options.tiny)
     name = TINY_MODEL if options.tiny else options.model
     tokenizer = AutoTokenizer.from_pretrained(name)
     base = AutoModelForCausalLM.from_pretrained(name).to(state.device)
