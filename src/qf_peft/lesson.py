@@ -45,6 +45,8 @@ class Lesson:
         contrast: chats of which those nearest to the examples are kept too, with keys at `middle(names)` only; or None.
         standing: the examples teach a standing instruction, and with it the chats that would else be preserved.
         earlier: how many rows the adapter was taught before.
+        again: these are rows of a lesson just taught, which the model does not say yet. What is near to them binds
+            already: nothing of it is measured again.
         args: the settings.
         pad_id: the padding token.
         progress: called with the number of rows done, thrice in all: two passes and the solves.
@@ -60,16 +62,18 @@ class Lesson:
         contrast: Preserved | None,
         standing: bool,
         earlier: int,
+        again: bool,
         args: QFTrainingArguments,
         pad_id: int,
         progress: Callable[[float], None],
     ) -> None:
         self.tuner, self.adapter, self.network = tuner, adapter, network
         self.standing, self.settings = standing, args.to_dict()
-        self.earlier, self.few = earlier, earlier + len(examples) <= FEW
+        self.earlier, self.again, self.few = earlier, again, earlier + len(examples) <= FEW
         if standing:  # what changes everywhere is carried by all blocks, and from the assistant's header on
             args = replace(args, target="context", margin=None, significance="rows", spread=False)
             preserved = contrast = None
+        contrast = None if again else contrast
         self.examples, self.preserved, self.contrast, self.args = examples, preserved, contrast, args
         self.blocks = find_blocks(network)[1]
         self.layers = tuner.layers(adapter)
@@ -218,7 +222,7 @@ class Lesson:
                 if self.preserved is not None:
                     if chats is None:
                         begins = answer_starts(self.kept) + torch.tensor([e.header for e in self.examples])
-                        chats = PreservedWalk(self, found["middle"][begins], self.few)
+                        chats = PreservedWalk(self, found["middle"][begins])
                     near = chats.keys(name)
                 delta = self._solve_beside(name, new, near, known)
             self.tuner.install(self.adapter, {name: delta}, even=False)

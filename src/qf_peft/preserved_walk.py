@@ -27,13 +27,13 @@ class PreservedWalk:
     The nearest chats' are measured again behind every edited block; the others' are those of the base weights.
     """
 
-    def __init__(self, lesson: Lesson, taught: Tensor, few: bool) -> None:
+    def __init__(self, lesson: Lesson, taught: Tensor) -> None:
         """`taught`: (examples, d_in), the examples' keys at the middle module where their answers begin."""
         preserved, self.lesson = lesson.preserved, lesson
         self.first, name = lesson.names[0], middle(lesson.names)
         taught = taught.cpu()
         starts = preserved.keys[name][answer_starts(preserved.kept)]
-        count = 0 if few else lesson.args.remeasure * len(lesson.examples)
+        count = 0 if lesson.few or lesson.again else lesson.args.remeasure * len(lesson.examples)
         again = sorted(nearest(starts, taught, count))
         mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
         mask[again] = True

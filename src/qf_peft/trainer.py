@@ -219,7 +219,7 @@ class QFTrainer:
             for sweep in range(1 if standing else self.args.sweeps):
                 lesson = Lesson(
                     self._tuner, self.adapter_name, self._network, [self.encoder.encode(taught[i]) for i in chosen],
-                    preserved, contrast, standing, known + len(taught) * (sweep > 0), self.args,
+                    preserved, contrast, standing, known + len(taught) * (sweep > 0), sweep > 0, self.args,
                     self.encoder.tokenizer.pad_token_id, progress.update,
                 )  # fmt: skip
                 metrics, unread, missed = lesson.run()
@@ -268,7 +268,7 @@ class QFTrainer:
                 break
             Lesson(
                 self._tuner, self.adapter_name, self._network, examples, preserved, contrast, False, taught.facts,
-                self.args, pad, progress.update,
+                False, self.args, pad, progress.update,
             ).run()  # fmt: skip
         self.metrics["seconds"] += time.perf_counter() - start
         self.metrics["rank"] = self.model.peft_config[self.adapter_name].r
