@@ -4,8 +4,11 @@ Run as `python -m torch.distributed.run … tests/several_processes.py FOLDER SC
 of each scenario to FOLDER/<scenario>-<process>.pt.
 """
 
+import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qf_peft.target
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.processes import rank, world_size
+from qf_peft.processes import ProcessFailed, rank, world_size
 
 import world  # isort: skip (conftest says where it is)
 
@@ -135,6 +138,49 @@ def short(folder):
         found["metrics"].append(session.trainer(rows, kept).train())
         found["states"].append(session.state())
     return found
+
+
+def refused(session, rows):
+    """The error that teaching raises here, how long it took, and whether the adapter is what it was."""
+    before, began, error = session.state()["factors"], time.monotonic(), None
+    facts = session.trainer().facts
+    try:
+        session.trainer(rows).train()
+    except (ValueError, FloatingPointError, ProcessFailed) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    after, seconds = session.state()["factors"], time.monotonic() - began
+    same = all(torch.equal(a, b) for name in before for a, b in zip(before[name], after[name], strict=True))
+    return {"error": error, "seconds": seconds, "kept": same and session.trainer().facts == facts}
+
+
+def failing(folder):
+    """An error in one process alone, different data, a save by the main process alone; and on it goes."""
+    session = Session([7], **PAPER)
+    session.trainer([FACT]).train()
+    embeddings = session.model.get_input_embeddings().weight.data
+    token = session.tokenizer(" Nixri", add_special_tokens=False)["input_ids"][0]
+    kept = embeddings[token].clone()
+    embeddings[token] = torch.inf
+    found = {"overflow": refused(session, [*facts(3), THIRD])}
+    embeddings[token] = kept
+    found["different"] = refused(session, [OTHER] if rank() != 1 else [OTHER, THIRD])
+    if rank() == 0:
+        session.model.save_pretrained(folder / "alone")
+    session.model.save_pretrained(folder / "together")
+    found["saved"] = (folder / "together" / "adapter_model.safetensors").is_file()
+    found["after"] = session.trainer([OTHER]).train()["facts"]
+    return found
+
+
+def dying(folder):
+    """The last process is killed in the midst of a pass."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which ends the others when one is dead
+    session = Session([7], **PAPER)
+    session.trainer([FACT]).train()
+    if rank() == world_size() - 1:
+        block = session.model.get_base_model().model.layers[3]
+        block.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    return refused(session, facts(6))
 
 
 if __name__ == "__main__":
