@@ -1,4 +1,4 @@
-"""Several processes under torchrun and accelerate: the same adapter as one process's, everywhere; and errors for all."""
+"""Several processes under torchrun and accelerate: the adapter is one process's, everywhere; errors are for all."""
 
 import os
 import subprocess
@@ -17,7 +17,10 @@ from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 
 CHILD = Path(__file__).parent / "several_processes.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_machines=1", "--num_processes=2", "--mixed_precision=no"]
+ACCELERATE = [  # where there are no GPUs it launches as for several, unless MPI is installed; they talk over gloo
+    "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2", "--mixed_precision=no",
+    "--dynamo_backend=no", "--main_process_port=0",
+]  # fmt: skip
 
 
 def launch(launcher, folder, *scenarios):

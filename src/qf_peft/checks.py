@@ -46,8 +46,8 @@ def check_whole(model: Any) -> None:
         ValueError: it is wrapped, or its parameters are sharded over processes; the message says what to do.
     """
     whole = (
-        "QFTrainer needs no gradients and shares the rows out over the processes itself: give each the whole PeftModel, "
-        "unwrapped, before it is prepared for training. One that is too large for a device is loaded with "
+        "QFTrainer needs no gradients and shares the rows out over the processes itself: give each the whole "
+        "PeftModel, unwrapped, before it is prepared for training. One that is too large for a device is loaded with "
         "device_map='auto', quantised or offloaded"
     )
     if not isinstance(model, nn.Module):
