@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .prefix import Group, empty_cache, repeated, shared
+from .processes import dealt, join
 from .scratch import Scratch
 
 
@@ -61,27 +63,31 @@ def batches(
     pad_id: int,
     device: torch.device,
     group: Group,
+    turn: Iterator[int],
 ) -> Iterator[Batch]:
     """A group's sequences, without what they all begin with, in batches of similar length.
 
     Of each sequence the last token is only predicted, never read, and the `kept[i]` positions before it are kept;
-    results are to be put back in the sequences' order by `Batch.order`.
+    results are to be put back in the sequences' order by `Batch.order`. Of several processes each gets its share, by
+    `turn`.
     """
     starts = torch.tensor([0, *kept]).cumsum(0).tolist()
     begin, members = len(group.prefix), group.members
-    for numbers in by_length([len(sequences[i]) - 1 - begin + begin // 4 for i in members], batch_tokens):
+    lengths = [len(sequences[i]) - 1 - begin + begin // 4 for i in members]
+    for numbers in dealt(by_length(lengths, batch_tokens), turn):
         chosen = [members[number] for number in numbers]
         inputs = [list(sequences[i][begin:-1]) for i in chosen]
         width = max(map(len, inputs))
         yield Batch(
             torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in inputs], device=device),
             torch.tensor([[1] * (begin + len(ids)) + [0] * (width - len(ids)) for ids in inputs], device=device),
-            torch.tensor([b for b, i in enumerate(chosen) for _ in range(kept[i])], device=device),
+            torch.tensor([b for b, i in enumerate(chosen) for _ in range(kept[i])], dtype=torch.long, device=device),
             torch.tensor(
                 [c for ids, i in zip(inputs, chosen, strict=True) for c in range(len(ids) - kept[i], len(ids))],
+                dtype=torch.long,
                 device=device,
             ),
-            torch.tensor([p for i in chosen for p in range(starts[i], starts[i + 1])]),
+            torch.tensor([p for i in chosen for p in range(starts[i], starts[i + 1])], dtype=torch.long),
         )
 
 
@@ -135,7 +141,7 @@ def forward_pass(
     batch_tokens: int,
     pad_id: int,
     head_inputs: Tensor | None = None,
-    on_logits: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    on_logits: Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]] | None = None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
     whole: bool = False,
     scratch: Scratch | None = None,
@@ -151,7 +157,8 @@ def forward_pass(
         batch_tokens: how many tokens go through the model at once, padding included.
         head_inputs: (n, d), another pass's inputs of the unembedding; they are unembedded together with this pass's.
         on_logits: called a batch with the positions' places in the result (n_b), this pass's logits and those of
-            `head_inputs` (n_b × vocabulary each). Without it the pass ends at the last point.
+            `head_inputs` (n_b × vocabulary each); gives by name what to keep of them, (n_b) each. Without it the pass
+            ends at the last point.
         on_batch: called with each batch before it is run.
         whole: run every block on every token, even without `on_logits`; the unembedding is left out. Otherwise what
             several sequences begin with (32 tokens or more) is run once, up to the last point.
@@ -159,7 +166,8 @@ def forward_pass(
         progress: called with the number of sequences done.
 
     Returns:
-        For each point its activations at the positions kept, in the sequences' order: (n, d) float32.
+        For each point its activations at the positions kept, in the sequences' order: (n, d) float32; and what
+        `on_logits` gave. Several processes share the batches, and each returns all.
 
     Raises:
         FloatingPointError: an activation is not finite; the message names the point and the sequence.
@@ -172,12 +180,19 @@ def forward_pass(
     stop = not whole and on_logits is None
     limits = [len(ids) - 1 - count for ids, count in zip(sequences, kept, strict=True)]
     groups = [Group(list(range(len(sequences))), ())] if whole else shared(sequences, limits)
-    for group in groups:
-        cache = _prefill(model, group.prefix, points if stop else {}, device) if group.prefix else None
-        if cache is None:
-            group = Group(group.members, ())
-        for batch in batches(sequences, kept, batch_tokens, pad_id, device, group):
+    turn, own = count(), []
+    for group in [*groups, None]:
+        cache, mine = None, [] if own else [_nothing([pad_id], device)]  # meets the same modules as other processes'
+        if group is not None:
+            if group.prefix and empty_cache(model) is None:
+                group = Group(group.members, ())
+            mine = list(batches(sequences, kept, batch_tokens, pad_id, device, group, turn))
+            if mine and group.prefix:
+                cache = _prefill(model, group.prefix, points if stop else {}, device)
+        for batch in mine:
             found: dict[str, Tensor] = {}
+            noted: Mapping[str, Tensor] = {}
+            own.append(batch.order)
             other = head_inputs[batch.order.to(head_inputs.device)] if head_inputs is not None else None
             on_batch(batch)
             past = {} if cache is None else {"past_key_values": repeated(cache, len(batch.input_ids))}
@@ -191,7 +206,7 @@ def forward_pass(
                 if on_logits:
                     logits = output.logits[0].float()
                     n = len(batch.order)
-                    on_logits(batch.order, logits[:n], logits[n:])
+                    noted = on_logits(batch.order, logits[:n], logits[n:])
             for name, values in found.items():
                 if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
                     bad = int(owner[batch.order[int((~torch.isfinite(values).all(1)).nonzero()[0])]])
@@ -200,7 +215,10 @@ def forward_pass(
                         "bfloat16 or float32 weights) or its weights are damaged"
                     )
                 put(result, name, values, batch, len(owner), scratch)
+            for name, values in noted.items():
+                result.setdefault(name, values.new_empty(len(owner)))[batch.order.to(values.device)] = values
             progress(len(batch.input_ids))
+    join(result, own)
     return result
 
 
@@ -217,12 +235,17 @@ def _prefill(model: nn.Module, prefix: Sequence[int], points: Mapping[str, Point
     cache = empty_cache(model)
     if cache is None:
         return None
-    ids = torch.tensor([list(prefix)], device=device)
-    nowhere = torch.tensor([], dtype=torch.long, device=device)
-    batch = Batch(ids, torch.ones_like(ids), nowhere, nowhere, nowhere.cpu())
+    batch = _nothing(prefix, device)
     with capture(points, batch, {}, stop=bool(points)):
-        model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        model.get_decoder()(input_ids=batch.input_ids, past_key_values=cache, use_cache=True)
     return cache
+
+
+def _nothing(ids: Sequence[int], device: torch.device) -> Batch:
+    """A batch of one sequence of which nothing is kept."""
+    nowhere = torch.tensor([], dtype=torch.long, device=device)
+    input_ids = torch.tensor([list(ids)], device=device)
+    return Batch(input_ids, torch.ones_like(input_ids), nowhere, nowhere, nowhere.cpu())
 
 
 @contextmanager

@@ -105,33 +105,31 @@ class Evaluator:
     def divergence(self, rows: Sequence[Row], base: Tensor) -> Metric:
         """Mean KL in nats from the predictions that `base` gives (another model's head inputs, n × d) to this one's."""
         pairs = [self.encoder.answer_ids(row, True) for row in rows]
-        values = torch.empty(len(base))
 
-        def compare(order: Tensor, now: Tensor, then: Tensor) -> None:
-            values[order] = divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()
+        def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
+            return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
 
-        forward_pass(
+        found = forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, head_inputs=base, on_logits=compare,
             batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
         )  # fmt: skip
-        return mean(values)
+        return mean(found["kl"])
 
     @torch.no_grad()
     def perplexity(self, texts: Iterable[str]) -> float:
         """exp of the mean negative log likelihood of the texts' tokens."""
         pairs = [self.encoder.text_ids(text) for text in texts]
         targets = torch.tensor([t for ids, n in pairs for t in ids[len(ids) - n :]])
-        values = torch.empty(len(targets))
 
-        def score(order: Tensor, logits: Tensor, _: Tensor) -> None:
+        def score(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
             gold = targets[order].to(logits.device)
-            values[order] = -logits.log_softmax(-1).gather(1, gold[:, None])[:, 0].cpu()
+            return {"loss": -logits.log_softmax(-1).gather(1, gold[:, None])[:, 0].cpu()}
 
-        forward_pass(
+        found = forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, on_logits=score,
             batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
         )  # fmt: skip
-        return float(values.double().mean().exp())
+        return float(found["loss"].double().mean().exp())
 
 
 def measure(

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from .capture import by_length
+from .processes import exchange, rank, world_size
 
 _USUAL_ANSWER = 64  # tokens that an answer is given room for in sizing batches
 
@@ -27,7 +28,8 @@ def generate(
 ) -> list[tuple[str, bool]]:
     """The model's answers to prompts of token ids: greedy, or sampled at temperature 1 if a seed is given.
 
-    Batches hold up to `batch_tokens` tokens of prompts and usual answers.
+    Batches hold up to `batch_tokens` tokens of prompts and usual answers. Of several processes each takes its share of
+    them, and all get all answers.
 
     Returns:
         For each prompt the text without special tokens and outer whitespace, and whether the model ended it itself
@@ -42,9 +44,11 @@ def generate(
     )  # fmt: skip
     stops = set(stops) if isinstance(stops, (list, tuple)) else {stops}
     device = model.get_input_embeddings().weight.device
-    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    answers: dict[int, tuple[str, bool]] = {}
     room = min(max_new_tokens, _USUAL_ANSWER)
     for number, chosen in enumerate(by_length([len(ids) + room for ids in prompts], batch_tokens)):
+        if number % world_size() != rank():
+            continue
         width = max(len(prompts[i]) for i in chosen)
         pads = [width - len(prompts[i]) for i in chosen]
         ids = [[tokenizer.pad_token_id] * pad + list(prompts[i]) for pad, i in zip(pads, chosen, strict=True)]
@@ -62,4 +66,5 @@ def generate(
             text = tokenizer.decode(tokens[:ended], skip_special_tokens=True).strip()
             answers[i] = (text, ended is not None)
         progress(len(chosen))
-    return answers
+    everywhere = {i: answer for part in exchange(answers) for i, answer in part.items()}
+    return [everywhere[i] for i in range(len(prompts))]

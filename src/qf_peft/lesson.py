@@ -17,6 +17,7 @@ from .model import QFModel
 from .moments import SecondMoment
 from .preserve import Preserved, answer_starts, nearness
 from .preserved_walk import FEW, PreservedWalk, middle
+from .processes import from_main
 from .rows import Example
 from .scratch import Scratch
 from .solve import LowRankDelta, TaughtTokens, beside, minimum_norm, null_space
@@ -121,7 +122,7 @@ class Lesson:
             last = depth - 1
             unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
             if unembedding is None:
-                options = {"head_inputs": context["head"], "on_logits": self._comparison(reading)}
+                options = {"head_inputs": context["head"], "on_logits": self._compare}
         elif centre:
             last = max(last, self.index[middle(self.names)])
         walk = Walk(self.network, self.blocks, self.index[first], self.bare, self.kept, **self.options)
@@ -130,6 +131,8 @@ class Lesson:
         else:
             found = forward_pass(self.network, self.bare, self.kept, points, **self.options)
             walk.steps = (last + 1) / depth
+        if options:
+            reading = Reading(**{name: found.pop(name) for name in vars(reading)})
         target, significance, reading = self._aim(unembedding, context, found, reading)
         kl_before = float(reading.divergence.mean())
 
@@ -140,10 +143,8 @@ class Lesson:
             after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
             reading = read_off(unembedding, context["stream"], after, self.gold.to(after.device))
         elif self.predicts:
-            forward_pass(
-                self.network, self.bare, self.kept, {}, head_inputs=context["head"],
-                on_logits=self._comparison(reading), **{**self.options, "progress": lambda n: None},
-            )  # fmt: skip
+            options["progress"] = lambda n: None
+            reading = Reading(**forward_pass(self.network, self.bare, self.kept, {}, **{**self.options, **options}))
             walk.steps += 1
         self.tuner.taught[self.adapter] = taught
         metrics = {
@@ -253,7 +254,7 @@ class Lesson:
         new = TaughtTokens(new.keys, residual, new.significance)
         tokens = known.tokens[name] = known.tokens[name] + new if name in known.tokens else new
         delta = minimum_norm(tokens.keys, tokens.residual, tokens.significance)
-        return delta if offset is None else (delta + offset).compressed()
+        return _mains(delta if offset is None else (delta + offset).compressed())
 
     def _solve_beside(
         self, name: str, new: TaughtTokens, preserved: Tensor | None, known: TaughtAdapter
@@ -290,7 +291,7 @@ class Lesson:
         # The last module's loss would not be made up for by another.
         dropped = self.args.rank_tolerance * change.norm if config.grows and name != self.names[-1] else 0.0
         change = change.to(torch.float32)
-        delta = (before + change).compressed(rank=None if config.grows else config.r, tolerance=dropped)
+        delta = _mains((before + change).compressed(rank=None if config.grows else config.r, tolerance=dropped))
         known.delta[name] = delta
         known.bound[name] = bound.compact(self.args.memory_rank)
         return delta
@@ -377,11 +378,9 @@ class Lesson:
         path, index, _ = split_path(name)
         return norm_gain(self.network.get_submodule(f"{path}.{index}.{self.writers[name].norm}"), output)
 
-    def _comparison(self, reading: Reading) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def _compare(self, order: Tensor, bare: Tensor, context: Tensor) -> dict[str, Tensor]:
         """For passes that unembed the bare stream and the context's behind it."""
-        return lambda order, bare, context: reading.note(
-            order, context.log_softmax(-1), bare.log_softmax(-1), self.gold[order]
-        )
+        return vars(Reading.of(context.log_softmax(-1), bare.log_softmax(-1), self.gold[order]))
 
     def _any(self, wrong: Tensor) -> list[int]:
         """The examples with one of the positions (n) at a token of their answer that counts."""
@@ -403,6 +402,12 @@ class Lesson:
             known = TaughtAdapter(foundation=foundation, bound={**bound})
         parts = ("tokens", "offset", "bound", "delta")
         return replace(known, **{part: dict(getattr(known, part)) for part in parts})
+
+
+def _mains(delta: LowRankDelta) -> LowRankDelta:
+    """The main process's solution, so that all install the same bits."""
+    a, b = from_main(delta.A, delta.B.T)
+    return LowRankDelta(a, b.T)
 
 
 def together(results: list[dict[str, float]]) -> dict[str, float]:
@@ -435,10 +440,11 @@ def unsaid(network: nn.Module, examples: list[Example], **options: Any) -> list[
     """The examples whose completion the model, as it is, does not say safely: somewhere the token's lead is small."""
     gold = torch.tensor([token for e in examples for token in e.targets])
     answer = torch.tensor([k >= e.header for e in examples for k in range(e.taught)])
-    kept, wrong = [e.taught for e in examples], torch.empty(len(gold), dtype=torch.bool)
+    kept = [e.taught for e in examples]
 
-    def compare(order: Tensor, logits: Tensor, _: Tensor) -> None:
-        wrong[order] = (lead(logits, gold[order].to(logits.device))[0].cpu() < SAFE) & answer[order]
+    def compare(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
+        short = lead(logits, gold[order].to(logits.device))[0].cpu() < SAFE
+        return {"wrong": short & answer[order]}
 
-    forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)
+    wrong = forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)["wrong"]
     return [i for i, part in enumerate(wrong.split(kept)) if bool(part.any())]

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .capture import Point, forward_pass
 from .generation import generate
+from .processes import check_alike, exchange, writes_cache
 from .quantized import sample
 from .rows import Encoder, Row, Text, read_messages
 
@@ -177,14 +178,16 @@ def preserved_keys(
     ).hexdigest()
     folder = Path(cache_dir) if cache_dir is not None else Path(constants.HF_HOME) / "qf_peft"
     path = folder / f"preserved-{identity[:32]}.safetensors"
+    check_alike(lambda: {"model, or other chats to be preserved": identity})
     cached = _read(path, identity, sorted(modules))
-    if cached is not None:
+    if all(exchange(cached is not None)):
         return cached
     if own:
         chats = [*chats, *write_chats(network, encoder, own, seed, progress)]
     preserved = _measure(network, encoder, modules, chats, starts_only, batch_tokens, progress)
     try:
-        _write(path, identity, preserved)
+        if writes_cache():
+            _write(path, identity, preserved)
     except OSError as error:  # a full disk or a folder that cannot be written costs the cache, not the lesson
         logger.warning(f"the preserved keys could not be cached in {folder}: {error}")
     return preserved

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .capture import Point
 from .model import QFModel
 from .preserve import Chat, Preserved, answer_starts, nearest, preserved_keys
+from .processes import exchange
 from .rows import Encoder
 from .training_args import QFTrainingArguments
 from .walk import Walk
@@ -34,7 +35,7 @@ class PreservedWalk:
         taught = taught.cpu()
         starts = preserved.keys[name][answer_starts(preserved.kept)]
         count = 0 if lesson.few or lesson.again else lesson.args.remeasure * len(lesson.examples)
-        again = sorted(nearest(starts, taught, count))
+        again = exchange(sorted(nearest(starts, taught, count)))[0]
         mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
         mask[again] = True
         self.still = ~mask[preserved.owners]
@@ -42,7 +43,7 @@ class PreservedWalk:
         if lesson.contrast is not None:
             count = contrast_count(len(lesson.examples), lesson.earlier, len(lesson.contrast.kept))
             prompts = {tuple(e.bare_ids[: len(e.bare_ids) - e.taught + e.header]) for e in lesson.examples}
-            for i in nearest(lesson.contrast.keys[name], taught, count):
+            for i in exchange(nearest(lesson.contrast.keys[name], taught, count))[0]:
                 ids, answer = lesson.contrast.sequences[i], lesson.contrast.kept[i]
                 if tuple(ids[: len(ids) - answer]) not in prompts:
                     sequences.append(ids)

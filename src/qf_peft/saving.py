@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from .ledger import from_lines, to_lines
 from .moments import SecondMoment
+from .processes import by_main
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter, TaughtTokens
 
@@ -38,19 +39,15 @@ _UNFINISHED = ".qf_saving-"  # one that is still being written, or was broken of
 
 
 def save_at_once() -> None:
-    """Let `PeftModel.save_pretrained` of a QF adapter write all its files or none, and the ledger with them.
+    """Let `PeftModel.save_pretrained` of a QF adapter write all its files or none, and the ledger with them; of several
+    processes the main one writes.
 
     PEFT has no place where a tuner could, so the method is wrapped; for adapters of other types it is what it was.
     """
     saved = getattr(PeftModel.save_pretrained, "before_qf_peft", PeftModel.save_pretrained)
 
-    @functools.wraps(saved)
-    def save_pretrained(self: PeftModel, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
-        names = options.get("selected_adapters") or list(self.peft_config)
-        kinds = {getattr(self.peft_config.get(name), "peft_type", None) for name in names}
-        main = options.get("is_main_process", True)
-        if kinds != {"QF"} or not main or Path(save_directory).is_file():
-            return saved(self, save_directory, *args, **options)
+    @by_main
+    def save(self: PeftModel, save_directory: str | os.PathLike, names: list[str], *args: Any, **options: Any) -> None:
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         for broken in target.glob(f"**/{_UNFINISHED}*"):
@@ -72,6 +69,15 @@ def save_at_once() -> None:
             if "default" not in names:
                 for path in Path(temporary).glob("*.md"):
                     path.replace(target / path.name)
+
+    @functools.wraps(saved)
+    def save_pretrained(self: PeftModel, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
+        names = options.get("selected_adapters") or list(self.peft_config)
+        kinds = {getattr(self.peft_config.get(name), "peft_type", None) for name in names}
+        main = options.get("is_main_process", True)
+        if kinds != {"QF"} or not main or Path(save_directory).is_file():
+            return saved(self, save_directory, *args, **options)
+        return save(self, save_directory, names, *args, **options)
 
     save_pretrained.before_qf_peft = saved
     PeftModel.save_pretrained = save_pretrained

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .processes import dealt, join
 from .stream import is_rms, norm_gain
 
 _CHUNK = 2**24  # logits held at once
@@ -120,19 +121,25 @@ class Reading:
     def empty(cls, count: int) -> Reading:
         return cls(torch.empty(count), torch.empty(count, dtype=torch.long), torch.empty(count))
 
-    def note(self, order: Tensor | slice, context: Tensor, bare: Tensor, gold: Tensor) -> None:
-        """Read the positions `order` off their log-probabilities in context and bare."""
-        self.divergence[order] = divergence(context, bare).cpu()
-        self.read[order] = context.argmax(-1).cpu()
-        self.lead[order] = lead(bare, gold.to(bare.device))[0].cpu()
+    @classmethod
+    def of(cls, context: Tensor, bare: Tensor, gold: Tensor) -> Reading:
+        """Read log-probabilities in context and bare, (n, vocabulary) each."""
+        values = divergence(context, bare), context.argmax(-1), lead(bare, gold.to(bare.device))[0]
+        return cls(*(value.cpu() for value in values))
+
+    def note(self, part: slice, context: Tensor, bare: Tensor, gold: Tensor) -> None:
+        """Read some of the positions."""
+        for name, values in vars(Reading.of(context, bare, gold)).items():
+            getattr(self, name)[part] = values
 
 
 def read_off(unembedding: Unembedding, context: Tensor, bare: Tensor, gold: Tensor) -> Reading:
     """The reading of streams (n, d) in context and bare, with gold tokens (n)."""
-    reading = Reading.empty(len(bare))
-    for part in chunks(len(bare), unembedding.head.weight.shape[0]):
+    reading, parts = Reading.empty(len(bare)), list(dealt(chunks(len(bare), unembedding.head.weight.shape[0])))
+    for part in parts:
         p, q = (unembedding.predictions(unembedding.logits(stream[part])) for stream in (context, bare))
         reading.note(part, p, q, gold[part])
+    join(vars(reading), [torch.arange(len(bare))[part] for part in parts])
     return reading
 
 
@@ -151,7 +158,8 @@ def aim(
         The states aimed at (n, d), KL(p_aim ‖ p_bare) in nats (n), and the reading before.
     """
     reading, counts, aimed = Reading.empty(len(bare)), bare.new_empty(len(bare)), context.clone()
-    for part in chunks(len(bare), unembedding.head.weight.shape[0]):
+    parts = list(dealt(chunks(len(bare), unembedding.head.weight.shape[0])))
+    for part in parts:
         first, last, own = unembedding.logits(bare[part]), unembedding.logits(context[part]), gold[part]
         q = unembedding.predictions(first)
         reading.note(part, unembedding.predictions(last), q, own)
@@ -162,6 +170,8 @@ def aim(
                 logits = unembedding.logits(aimed[part])
             aimed[part], logits = forced(unembedding, aimed[part], own, margin, logits)
         counts[part] = divergence(unembedding.predictions(logits), q)
+    places = [torch.arange(len(bare))[part] for part in parts]
+    join({**vars(reading), "counts": counts, "aimed": aimed}, places)
     return aimed, counts, reading
 
 

@@ -23,7 +23,9 @@ from .lesson import Lesson, together, unsaid
 from .model import QFModel
 from .preserve import Preserved, read_preserve_dataset
 from .preserved_walk import preserved_chats
+from .processes import all_or_none, check_alike, is_main, start, world_size
 from .rows import Encoder, Row, read_rows
+from .saving import weights_sum
 from .standing import split_lessons
 from .training_args import QFTrainingArguments
 
@@ -80,6 +82,7 @@ class QFTrainer:
         preserve_dataset: Iterable[Any] | None = None,
         processing_class: Any = None,
     ) -> None:
+        start()
         self.adapter_name = active_qf_adapter(model)
         self.model = model
         self.args = args if args is not None else QFTrainingArguments()
@@ -125,9 +128,9 @@ class QFTrainer:
                 adapter is merged or switched off.
             FloatingPointError: the model's activations are not finite on a row.
         """
-        if not self.rows:
-            raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
         with self._version() as progress:
+            if not self.rows:
+                raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
             rows = self._completed(progress)
             check_consistent(rows)
             answers = {asked(row): row.completion for row in rows}
@@ -173,6 +176,7 @@ class QFTrainer:
         if unknown := gone - {e.id for e in self.facts}:
             raise ValueError(f"the ledger has no entries {sorted(unknown)}; `trainer.facts` lists what was taught")
         with self._version() as progress:
+            check_alike(lambda: {"choice of facts": sorted(gone)})
             rest = [e.row() for e in self.facts if e.id not in gone]
             self._reset()
             self.metrics = {"facts": 0}
@@ -211,7 +215,7 @@ class QFTrainer:
         preserved, contrast = self._preserved(len(rows), progress)
         prompts = [p for p in preserved.prompts if p is not None] if preserved and self.args.standing else []
         lessons = split_lessons(rows, prompts, lambda asked, told: self._answers(asked, told, progress))
-        progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons)
+        progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
         results, misread, entries = [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
         for taught, standing in lessons:
@@ -279,8 +283,7 @@ class QFTrainer:
 
         `train()` does it where it has not been done. It is the slow part the first time a model is taught.
         """
-        check_teachable(self.model, self.adapter_name)
-        with _evaluating(self._network), self._progress() as progress:
+        with all_or_none(), self._ready() as progress:
             self._preserved(len(self.rows), progress)
 
     @torch.no_grad()
@@ -311,14 +314,14 @@ class QFTrainer:
             Each but the last two a [`Metric`] with a 95% interval. Answers are compared without runs of whitespace and
             punctuation at the end; one that does not end within `max_new_tokens` is wrong.
         """
-        check_teachable(self.model, self.adapter_name)
-        kept = {
-            name: prompt_rows(prompts, name)
-            for name, prompts in (("locality", locality), ("unknown", unknown))
-            if prompts is not None
-        }
-        texts = [text] if isinstance(text, str) else list(text) if text is not None else []
-        with _evaluating(self._network), self._progress() as progress:
+        with all_or_none(), self._ready() as progress:
+            kept = {
+                name: prompt_rows(prompts, name)
+                for name, prompts in (("locality", locality), ("unknown", unknown))
+                if prompts is not None
+            }
+            texts = [text] if isinstance(text, str) else list(text) if text is not None else []
+            check_alike(lambda: {"questions": [kept, texts]})
             rows = self._completed(progress)
             ask = Evaluator(
                 self._network, self.encoder, batch_tokens=self.args.batch_tokens,
@@ -334,7 +337,7 @@ class QFTrainer:
 
     def _answers(self, rows: list[Row], instructed: bool, progress: tqdm) -> list[tuple[str, bool]]:
         """The base model's own answers, and whether each ended."""
-        progress.total = (progress.total or 0) + len(rows)
+        progress.total = (progress.total or 0) + len(rows) // world_size()
         with self._tuner.without_adapters():
             return generate(
                 self._network,
@@ -365,16 +368,35 @@ class QFTrainer:
 
     @contextmanager
     def _progress(self) -> Iterator[tqdm]:
-        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=self.args.disable_tqdm) as bar:
+        quiet = self.args.disable_tqdm or not is_main()
+        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=quiet) as bar:
             yield bar
+
+    @contextmanager
+    def _ready(self) -> Iterator[tqdm]:
+        """The model is fit and in evaluation mode, and the same in all processes."""
+        check_teachable(self.model, self.adapter_name)
+        check_alike(
+            lambda: {
+                "adapter": [
+                    self.adapter_name,
+                    [e.id for e in self.facts],
+                    weights_sum(p for n, p in self.model.named_parameters() if "lora_" in n),
+                ],
+                "args": self.args.to_dict(),
+                "train_dataset": [vars(row) for row in self.rows],
+                "preserve_dataset": [vars(chat) for chat in self.chats or []],
+            }
+        )
+        with _evaluating(self._network), self._progress() as progress:
+            yield progress
 
     @contextmanager
     def _version(self) -> Iterator[tqdm]:
         """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
-        check_teachable(self.model, self.adapter_name)
         tuner, before = self._tuner, self._tuner.version(self.adapter_name)
         try:
-            with _evaluating(self._network), self._progress() as progress:
+            with all_or_none(), self._ready() as progress:
                 yield progress
         except BaseException:
             tuner.restore(self.adapter_name, before)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Batch, Point, capture, forward_pass, put
+from .processes import join
 from .scratch import Scratch
 
 
@@ -101,6 +102,7 @@ class Walk:
                     hidden = self._call(index, number, hidden)
             for name, values in found.items():
                 put(result, name, values, batch, sum(self.kept), self.scratch)
+        join(result, [batch.order for batch in self._batches])
         self.steps += (last + 1 - self.at) / len(self.blocks)
         return result
 
