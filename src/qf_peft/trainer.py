@@ -187,10 +187,11 @@ class QFTrainer:
         Raises:
             ValueError: there is none.
         """
-        versions = self._tuner.versions.get(self.adapter_name)
-        if not versions:
-            raise ValueError(f"the adapter {self.adapter_name!r} has no earlier version in this session")
-        self._tuner.restore(self.adapter_name, versions.pop())
+        with self._tuner.serving.changing():
+            versions = self._tuner.versions.get(self.adapter_name)
+            if not versions:
+                raise ValueError(f"the adapter {self.adapter_name!r} has no earlier version in this session")
+            self._tuner.restore(self.adapter_name, versions.pop())
 
     @property
     def facts(self) -> tuple[Entry, ...]:
@@ -279,8 +280,7 @@ class QFTrainer:
 
         `train()` does it where it has not been done. It is the slow part the first time a model is taught.
         """
-        check_teachable(self.model, self.adapter_name)
-        with _evaluating(self._network), self._progress() as progress:
+        with self._alone() as progress:
             self._preserved(len(self.rows), progress)
 
     @torch.no_grad()
@@ -311,14 +311,13 @@ class QFTrainer:
             Each but the last two a [`Metric`] with a 95% interval. Answers are compared without runs of whitespace and
             punctuation at the end; one that does not end within `max_new_tokens` is wrong.
         """
-        check_teachable(self.model, self.adapter_name)
         kept = {
             name: prompt_rows(prompts, name)
             for name, prompts in (("locality", locality), ("unknown", unknown))
             if prompts is not None
         }
         texts = [text] if isinstance(text, str) else list(text) if text is not None else []
-        with _evaluating(self._network), self._progress() as progress:
+        with self._alone() as progress:
             rows = self._completed(progress)
             ask = Evaluator(
                 self._network, self.encoder, batch_tokens=self.args.batch_tokens,
@@ -364,22 +363,27 @@ class QFTrainer:
         return [replace(row, completion=completions.get(row.index, row.completion)) for row in self.rows]
 
     @contextmanager
-    def _progress(self) -> Iterator[tqdm]:
-        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=self.args.disable_tqdm) as bar:
-            yield bar
+    def _alone(self) -> Iterator[tqdm]:
+        """While no other thread runs the model, in evaluation mode."""
+        with self._tuner.serving.changing():
+            check_teachable(self.model, self.adapter_name)
+            with (
+                _evaluating(self._network),
+                tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=self.args.disable_tqdm) as bar,
+            ):
+                yield bar
 
     @contextmanager
     def _version(self) -> Iterator[tqdm]:
         """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
-        check_teachable(self.model, self.adapter_name)
-        tuner, before = self._tuner, self._tuner.version(self.adapter_name)
-        try:
-            with _evaluating(self._network), self._progress() as progress:
+        with self._alone() as progress:
+            tuner, before = self._tuner, self._tuner.version(self.adapter_name)
+            try:
                 yield progress
-        except BaseException:
-            tuner.restore(self.adapter_name, before)
-            raise
-        tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
+            except BaseException:
+                tuner.restore(self.adapter_name, before)
+                raise
+            tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
 
 
 @contextmanager
