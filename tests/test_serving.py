@@ -102,7 +102,7 @@ def test_hundred_lessons_under_load(model, teach, inputs):
     """Every step of every answer of four threads has the logits of one version, which was there meanwhile."""
     network = model.get_base_model()
     options = {
-        "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True,
+        "max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True,
     }  # fmt: skip
 
     def generate(served):
@@ -112,7 +112,7 @@ def test_hundred_lessons_under_load(model, teach, inputs):
         """The same by hand, a forward pass a token."""
         ids, found = inputs["input_ids"], []
         with served.base_model.serving.generating():
-            for _ in range(8):
+            for _ in range(5):
                 found.append(served(input_ids=ids).logits[0, -1])
                 if found[-1].argmax() == model.generation_config.eos_token_id:
                     break
@@ -171,6 +171,7 @@ def test_mixed_batch_in_flight(model, teach, tokenizer, inputs):
     """PEFT's hooks for `adapter_names` are no lesson's, though they are on the same layers."""
     teach(FACT)
     model.add_adapter("other", QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7]))
+    model.eval()
     both = {name: tensor.repeat(2, 1) for name, tensor in inputs.items()}
     with generation(model, both, adapter_names=["default", "other"]) as output:
         lesson = thread(teach, CORRECTED)
