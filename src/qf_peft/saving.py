@@ -55,15 +55,16 @@ def save_at_once() -> None:
         with tempfile.TemporaryDirectory(dir=target, prefix=_UNFINISHED) as temporary:
             if (target / "README.md").is_file():  # whose text is kept
                 shutil.copy(target / "README.md", temporary)
-            saved(self, temporary, *args, **options)
-            for name in names:
-                folder = Path(temporary, name if name != "default" else "")
-                taught = self.base_model.taught.get(name)
-                if taught is not None and self.peft_config[name].keep_statistics:
-                    layers = self.base_model.layers(name)
-                    factors = {module: self.base_model.factors(name, module) for module in layers}
-                    if all(taught.holds(module, pair) for module, pair in factors.items()):
-                        write_statistics(folder, taught, factors)
+            with self.base_model.serving.generating():  # the weights and what is known of them are of one time
+                saved(self, temporary, *args, **options)
+                for name in names:
+                    folder = Path(temporary, name if name != "default" else "")
+                    taught = self.base_model.taught.get(name)
+                    if taught is not None and self.peft_config[name].keep_statistics:
+                        layers = self.base_model.layers(name)
+                        factors = {module: self.base_model.factors(name, module) for module in layers}
+                        if all(taught.holds(module, pair) for module, pair in factors.items()):
+                            write_statistics(folder, taught, factors)
             for name in sorted(names, key=lambda name: name == "default"):
                 _take_over(Path(temporary, name if name != "default" else ""), _folder(target, name))
             if "default" not in names:

@@ -191,10 +191,11 @@ class QFTrainer:
         Raises:
             ValueError: there is none.
         """
-        versions = self._tuner.versions.get(self.adapter_name)
-        if not versions:
-            raise ValueError(f"the adapter {self.adapter_name!r} has no earlier version in this session")
-        self._tuner.restore(self.adapter_name, versions.pop())
+        with self._tuner.serving.changing():
+            versions = self._tuner.versions.get(self.adapter_name)
+            if not versions:
+                raise ValueError(f"the adapter {self.adapter_name!r} has no earlier version in this session")
+            self._tuner.restore(self.adapter_name, versions.pop())
 
     @property
     def facts(self) -> tuple[Entry, ...]:
@@ -374,34 +375,36 @@ class QFTrainer:
 
     @contextmanager
     def _ready(self) -> Iterator[tqdm]:
-        """The model is fit and in evaluation mode, and the same in all processes."""
-        check_teachable(self.model, self.adapter_name)
-        check_alike(
-            lambda: {
-                "adapter": [
-                    self.adapter_name,
-                    [e.id for e in self.facts],
-                    weights_sum(p for n, p in self.model.named_parameters() if "lora_" in n),
-                ],
-                "args": self.args.to_dict(),
-                "train_dataset": [vars(row) for row in self.rows],
-                "preserve_dataset": [vars(chat) for chat in self.chats or []],
-            }
-        )
-        with _evaluating(self._network), self._progress() as progress:
-            yield progress
+        """No other thread runs the model, which is fit, in evaluation mode, and the same in all processes."""
+        with self._tuner.serving.changing():
+            check_teachable(self.model, self.adapter_name)
+            check_alike(
+                lambda: {
+                    "adapter": [
+                        self.adapter_name,
+                        [e.id for e in self.facts],
+                        weights_sum(p for n, p in self.model.named_parameters() if "lora_" in n),
+                    ],
+                    "args": self.args.to_dict(),
+                    "train_dataset": [vars(row) for row in self.rows],
+                    "preserve_dataset": [vars(chat) for chat in self.chats or []],
+                }
+            )
+            with _evaluating(self._network), self._progress() as progress:
+                yield progress
 
     @contextmanager
     def _version(self) -> Iterator[tqdm]:
         """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
-        tuner, before = self._tuner, self._tuner.version(self.adapter_name)
-        try:
-            with all_or_none(), self._ready() as progress:
-                yield progress
-        except BaseException:
-            tuner.restore(self.adapter_name, before)
-            raise
-        tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
+        with self._tuner.serving.changing():
+            tuner, before = self._tuner, self._tuner.version(self.adapter_name)
+            try:
+                with all_or_none(), self._ready() as progress:
+                    yield progress
+            except BaseException:
+                tuner.restore(self.adapter_name, before)
+                raise
+            tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
 
 
 @contextmanager
