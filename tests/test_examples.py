@@ -1,7 +1,6 @@
 """The examples run as a user runs them, offline on the tiny model, and say what they should."""
 
 import json
-import json
 import subprocess
 import sys
 
