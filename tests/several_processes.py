@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qf_peft.target
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.processes import ProcessFailed, rank, world_size
+from qf_peft.processes import ProcessFailed, rank, start, world_size
 
 import world  # isort: skip (conftest says where it is)
 
@@ -184,6 +184,7 @@ def dying(folder):
 
 
 if __name__ == "__main__":
+    start()  # as a trainer does; the scenarios name folders by the number of processes
     folder = Path(sys.argv[1])
     for name in sys.argv[2:]:
         torch.save(globals()[name](folder), folder / f"{name}-{rank()}.pt")

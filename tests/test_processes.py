@@ -93,6 +93,7 @@ def test_what_is_wrapped_or_sharded_is_refused(tokenizer):
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         options = {"args": QFTrainingArguments.paper(), "train_dataset": [FACT], "processing_class": tokenizer}
+        model.get_input_embeddings().weight.requires_grad_(True)  # what DDP is for
         with pytest.raises(ValueError, match=r"wrapped in DistributedDataParallel; give model\.module"):
             QFTrainer(nn.parallel.DistributedDataParallel(model), **options)
         trainer = QFTrainer(model, **options)
