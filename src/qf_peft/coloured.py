@@ -49,12 +49,13 @@ def ansi(tokens: Sequence[Token], which: Literal["before", "after"]) -> str:
 
 
 def html(tokens: Sequence[Token], which: Literal["before", "after"]) -> str:
-    """Spans whose backgrounds glow by KL, on light and dark pages alike; escaped."""
+    """Spans whose backgrounds glow by KL, on light and dark pages alike; the assistant header is dimmed. Escaped."""
     parts = []
     for token in tokens:
         strength = min(getattr(token, which) / _FULL, 1.0) * 70
+        dimmed = "" if token.answer else ";opacity:.5"
         parts.append(
-            f'<span style="background:rgb(240 120 20 / {strength:.0f}%)" '
+            f'<span style="background:rgb(240 120 20 / {strength:.0f}%){dimmed}" '
             f'title="before {token.before:.3f}, now {token.after:.3f} nats">{escape(token.shown)}</span>'
         )
     return "".join(parts)

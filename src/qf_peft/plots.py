@@ -80,10 +80,12 @@ def _places(labels: Sequence[str], figure: Element, axis: str) -> list[float]:
     """Evenly spaced places, with as many labels as there is room for."""
     room = (_WIDTH - _LEFT - _RIGHT) / len(labels)
     places = [_LEFT + room * (k + 0.5) for k in range(len(labels))]
-    every = math.ceil((7 * max(map(len, labels)) + 8) / room)
-    for k, (x, label) in enumerate(zip(places, labels, strict=True)):
-        if k % every == 0 or (k == len(labels) - 1 and every == 1):
+    free = 0.0
+    for x, label in zip(places, labels, strict=True):
+        half = 3.5 * len(label)
+        if x - half >= free:
             _text(figure, x, _HEIGHT - _BOTTOM + 16, label, "middle")
+            free = x + half + 4
     _text(figure, (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, axis, "middle")
     return places
 

@@ -59,8 +59,8 @@ class TokenRow:
     def html(self) -> str:
         """The same as two lines of HTML, escaped; a token's numbers are its tooltip."""
         return (
-            f'<div class="tokens"><div>before {html(self.tokens, "before")}</div>'
-            f"<div>now {html(self.tokens, 'after')}</div></div>"
+            '<div style="font-family: monospace; white-space: pre-wrap; margin: .6em 0">'
+            f"before {html(self.tokens, 'before')}<br>now    {html(self.tokens, 'after')}</div>"
         )
 
     _repr_html_ = html
@@ -112,7 +112,9 @@ class Retention:
     groups: tuple[Group, ...]
 
     def svg(self) -> str:
-        labels = [f"{g.start + 1}–{g.start + g.recall.count}" for g in self.groups]
+        labels = [
+            f"{g.start + 1}" + (f"–{g.start + g.recall.count}" if g.recall.count > 1 else "") for g in self.groups
+        ]
         recall = [g.recall for g in self.groups]
         return lines("Recall by order of teaching", labels, {"recall": recall}, "facts, the oldest first")
 
