@@ -97,11 +97,12 @@ def write_report(
     texts = [text] if isinstance(text, str) else list(text) if text is not None else []
     rows = known_rows(trainer)
     tokens = token_divergences(trainer, rows)
-    dates = {asked(e): e.date for e in trainer.facts}
+    complete = {asked(row): row for row in rows}
+    others = paraphrase_rows([complete[asked(row)] for row in trainer.rows], trainer.dataset) if trainer.rows else []
+    dates = {(asked(e), e.completion): e.date for e in trainer.facts}
     with _evaluating(trainer._network), trainer._progress() as progress:
         ask = _Remembering(trainer, progress=progress.update)
-        others = paraphrase_rows(trainer.rows, trainer.dataset) if trainer.rows else []
-        metrics = measure(ask, rows, [row for row in others if row.completion is not None], kept, texts, ask.base)
+        metrics = measure(ask, rows, others, kept, texts, ask.base)
         facts = _asked(ask, rows, tokens, dates)
         questions = {name: _asked(ask, asks, None, {}) for name, asks in kept.items()}
         kept_over_time = retention(trainer, ask) if trainer.facts else None
@@ -120,7 +121,7 @@ def write_report(
 
 
 def _asked(
-    ask: _Remembering, rows: Sequence[Row], tokens: Sequence[TokenRow] | None, dates: dict[str, str]
+    ask: _Remembering, rows: Sequence[Row], tokens: Sequence[TokenRow] | None, dates: dict[tuple[str, str], str]
 ) -> list[Answers]:
     """Taught rows with `tokens`, whose answer must be the completion; or questions that must be answered as before, and
     with the completion if there is one."""
@@ -144,7 +145,7 @@ def _asked(
                 now[i],
                 right,
                 tokens[i] if taught else None,
-                dates.get(asked(row), ""),
+                dates.get((asked(row), row.completion), ""),
             )
         )
     return found

@@ -122,18 +122,18 @@ class Retention:
 
 
 def known_rows(trainer: QFTrainer) -> list[Row]:
-    """All that the adapter was taught, in the ledger's order, and behind it the trainer's rows that were not; those
-    without a completion are answered by the base model in context.
+    """All that the adapter was taught, in the ledger's order, and the trainer's own rows: in the place of what the
+    ledger has for the same prompt, else behind it. Those without a completion the base model answers in context.
 
     Raises:
         ValueError: there is nothing of either.
     """
-    with _asking(trainer) as progress:
-        own = {asked(row): row for row in (trainer._completed(progress) if trainer.rows else [])}
     rows = {asked(e): e.row() for e in trainer.facts}
-    if not rows and not own:
+    with _asking(trainer) as progress:
+        rows.update({asked(row): row for row in (trainer._completed(progress) if trainer.rows else [])})
+    if not rows:
         raise ValueError("there is nothing to show: the adapter's ledger is empty and train_dataset is missing")
-    return [*rows.values(), *(row for key, row in own.items() if key not in rows)]
+    return list(rows.values())
 
 
 @torch.no_grad()
