@@ -16,7 +16,7 @@ from peft import get_peft_model
 from test_default_setting import facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, logs
 
 CHATS = ["Who founded Ranixmo?", "Where is Molupal located?", "Tell me where Lupal is based."]
 
@@ -83,16 +83,17 @@ transformers.logging.set_verbosity_warning()
     assert len(err.split("---")) == len(CASES) + 1 and not out
 
 
-@pytest.mark.parametrize(
-    ("before", "verbosity", "expected"),
-    [
-        ("", "error", ["error"]),
-        ("logging.getLogger('qf_peft').setLevel(logging.ERROR); logging.basicConfig(level=10)", "info", ["error"]),
-    ],
-)
-def test_logging_configured_before_the_import(before, verbosity, expected):
-    _, err = run(f"{before}\n{SPEAK}\nspeak()", TRANSFORMERS_VERBOSITY=verbosity)
-    assert said(err) == expected
+def test_a_logger_configured_before_the_import_is_left_alone(monkeypatch):
+    monkeypatch.setattr(logging.Logger.manager, "loggerDict", {})
+    theirs = logging.getLogger("qf_peft")
+    theirs.setLevel(logging.ERROR)
+    logs.configure()
+    assert logging.getLogger("qf_peft") is theirs and theirs.level == logging.ERROR and not theirs.handlers
+    logging.Logger.manager.loggerDict.clear()
+    logging.getLogger("qf_peft.trainer")  # a module's only: theirs is not made yet
+    logs.configure()
+    logs.configure()
+    assert len(logging.getLogger("qf_peft").handlers) == 1
 
 
 def test_records_have_names_and_reach_handlers(tokenizer, caplog):
@@ -121,10 +122,11 @@ model = get_peft_model(base, QFConfig(layers_to_transform=[7], task_type="CAUSAL
 """
 
 
-def test_hf_home_offline_and_progress_bars(tmp_path):
-    """Caches go to HF_HOME, nothing is asked of a Hub offline, and there are no bars where none are wanted. HF_TOKEN
-    and HF_ENDPOINT are tested in test_hub.py."""
-    code = f"""{TEACH}
+def test_variables(tmp_path):
+    """TRANSFORMERS_VERBOSITY is honoured; caches go to HF_HOME; offline nothing is asked of a Hub; there are no bars
+    where none are wanted. HF_TOKEN and HF_ENDPOINT are tested in test_hub.py."""
+    code = f"""{TEACH}{SPEAK}
+speak()
 import socket
 def refused(*_): raise AssertionError("the network was used")
 socket.socket.connect = refused
@@ -141,7 +143,11 @@ except AssertionError:
 except Exception as error:
     print("not loaded", type(error).__name__)
 """
-    out, _ = run(code, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    out, err = run(
+        code, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TRANSFORMERS_VERBOSITY="error",
+    )  # fmt: skip
+    assert said(err) == ["error"]
     disabled, refused = out.splitlines()
     assert disabled == "True" and refused.startswith("not loaded")
     (cached,) = (tmp_path / "qf_peft").iterdir()
@@ -219,6 +225,7 @@ def test_tensorboard(tokenizer, tmp_path, monkeypatch):
     trainer = make(tokenizer, [FACT], report_to="tensorboard")
     metrics = trainer.train()
     trainer.evaluate()
+    del trainer  # which ends the run
     found = {}
     for path in tmp_path.glob("**/events*"):
         found.update(records(path))
@@ -226,6 +233,7 @@ def test_tensorboard(tokenizer, tmp_path, monkeypatch):
     assert list(tmp_path.glob("qf_peft/*/hparams.yml")), "the settings too"
 
 
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
 def test_trackers_that_are_not_there(tokenizer):
     with pytest.raises(ValueError, match=r"report_to='nowhere': .*nowhere"):
         make(tokenizer, [FACT], report_to="nowhere")
@@ -244,15 +252,14 @@ def test_seeds(tokenizer, tmp_path):
     """The same seed and data give the same adapter, whatever the global generators hold; another seed another one."""
     found = []
     for number, seed in enumerate((0, 0, 1)):
-        torch.manual_seed(number)
-        state = torch.get_rng_state()
         trainer = make(
             tokenizer, facts(2, 1), paper=False, preserve_chats=6, seed=seed, cache_dir=tmp_path / str(number)
         )
+        torch.manual_seed(number)
+        state = torch.get_rng_state()
         trainer.train()
         found.append({k: v for k, v in trainer.model.state_dict().items() if "lora_" in k})
-        if number == 0:
-            assert torch.equal(torch.get_rng_state(), state), "nor are they touched"
+        assert torch.equal(torch.get_rng_state(), state), "nor are they touched"
     assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
     assert any(v.shape != found[2][k].shape or not torch.equal(v, found[2][k]) for k, v in found[0].items())
 

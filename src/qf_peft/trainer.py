@@ -436,12 +436,13 @@ class QFTrainer:
     def _version(self) -> Iterator[tqdm]:
         """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
         check_teachable(self.model, self.adapter_name)
-        tuner, before = self._tuner, self._tuner.version(self.adapter_name)
+        tuner, before, metrics = self._tuner, self._tuner.version(self.adapter_name), self.metrics
         try:
             with _evaluating(self._network), self._progress() as progress:
                 yield progress
         except BaseException:
             tuner.restore(self.adapter_name, before)
+            self.metrics = metrics
             raise
         tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
 
