@@ -272,6 +272,7 @@ def everything(model, *folders):
         "modes": {n: m.training for n, m in model.named_modules()},
         "flags": {n: p.requires_grad for n, p in model.named_parameters()},
         "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "replaced": [n for n, m in model.named_modules() if "forward" in vars(m)],
         "off": [n for n, m in model.named_modules() if getattr(m, "_disable_adapters", False)],
         "ledger": tuner.taught.get("default"),
         "versions": list(map(id, tuner.versions.get("default", []))),
@@ -353,7 +354,8 @@ def test_dry_run_counts_what_a_lesson_teaches(tokenizer, tmp_path, monkeypatch):
     metrics = trainer.train()
     assert plan["facts"] == metrics["facts"] == 4 and plan["taught_tokens"] == metrics["taught_tokens"]
     assert plan["modules"] == list(trainer.model.base_model.layers("default"))
-    assert 3 <= metrics["forward_passes"] <= plan["forward_passes_at_most"] * 1.01
+    assert metrics["forward_passes"] <= plan["forward_passes_at_most"] * 1.1
+    assert plan["forward_passes"] < plan["forward_passes_at_most"]
     assert (plan["chats"], plan["chats_to_write"], plan["known"], plan["unanswered"]) == (3, 0, 0, 0)
     sequences = [trainer.encoder.encode(row) for row in trainer.rows]
     assert plan["tokens"] == sum(len(e.context_ids) + len(e.bare_ids) for e in sequences)

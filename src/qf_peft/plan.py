@@ -26,10 +26,11 @@ def plan(trainer: QFTrainer) -> dict[str, Any]:
     modules = list(trainer._tuner.layers(trainer.adapter_name))
     blocks = [split_path(name)[1] for name in modules]
     depth = len(find_blocks(trainer._network)[1])
-    # A sweep is a context pass, a bare pass that is walked on behind every change up to the last edited block, and one
-    # more to see what came of it.
-    ahead = [(blocks[-1] if args.spread else block) + 1 - block for block in blocks[1:]]
-    passes = 3 + (blocks[-1] - blocks[0] + sum(ahead)) / depth
+    # A sweep: the context pass and the bare pass; between the first edited block and the last one the bare pass walks
+    # on, looks at each edited block, and (where the residual is spread) looks ahead at a pass's cost in all; then the
+    # rest of the way, to see what came of it.
+    between = (blocks[-1] - blocks[0]) / depth
+    passes = 2 + (2 + args.spread) * between + (1 - blocks[-1] / depth)
     preserves = args.preserve_strength > 0
     given = len(trainer.chats) if trainer.chats is not None else 0
     contrast = args.contrast_chats if preserves and len(trainer.rows) > 10 else 0

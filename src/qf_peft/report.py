@@ -50,7 +50,7 @@ class _Remembering(Evaluator):
     def __init__(self, trainer: QFTrainer, **options: Any) -> None:
         args = trainer.args
         super().__init__(
-            trainer._network, trainer.encoder, batch_size=args.per_device_train_batch_size,
+            trainer._network, trainer.encoder, batch_tokens=args.batch_tokens,
             max_new_tokens=args.max_new_tokens, **options,
         )  # fmt: skip
         self._tuner, self._based = trainer._tuner, False

@@ -25,6 +25,7 @@ from .evaluation import Evaluator, Metric, normalise, proportion
 from .ledger import asked
 from .plots import bars, lines
 from .rows import Row
+from .target import divergence
 from .trainer import QFTrainer, _evaluating
 
 _GROUPS = 10  # of facts in the order in which they were taught
@@ -160,8 +161,7 @@ def token_divergences(trainer: QFTrainer, rows: Sequence[Row] | None = None) -> 
 
         def into(values: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
             def compare(order: Tensor, now: Tensor, told: Tensor) -> None:
-                p, q = told.log_softmax(-1), now.log_softmax(-1)
-                values[order] = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()
+                values[order] = divergence(told.log_softmax(-1), now.log_softmax(-1)).cpu()
 
             return compare
 
@@ -298,7 +298,7 @@ def retention(trainer: QFTrainer, ask: Evaluator | None = None) -> Retention:
     rows = [e.row() for e in entries]
     with _asking(trainer) as progress:
         ask = ask or Evaluator(
-            trainer._network, trainer.encoder, batch_size=trainer.args.per_device_train_batch_size,
+            trainer._network, trainer.encoder, batch_tokens=trainer.args.batch_tokens,
             max_new_tokens=trainer.args.max_new_tokens, progress=progress.update,
         )  # fmt: skip
         answers = ask.answers(rows)
@@ -320,7 +320,7 @@ def _asking(trainer: QFTrainer) -> Iterator[Any]:
 
 def _options(trainer: QFTrainer) -> dict[str, Any]:
     pad = trainer.encoder.tokenizer.pad_token_id
-    return {"batch_size": trainer.args.per_device_train_batch_size, "pad_id": pad}
+    return {"batch_tokens": trainer.args.batch_tokens, "pad_id": pad}
 
 
 def _mean(values: Sequence[float]) -> float:
