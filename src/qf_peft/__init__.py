@@ -1,7 +1,9 @@
 """QF adapters for PEFT: knowledge from a prompt into the weights, solved in closed form from forward activations."""
 
+from . import logs
 from .registration import register
 
+logs.configure()
 register()
 
 from .card import model_card  # noqa: E402
@@ -18,12 +20,15 @@ from .records import (  # noqa: E402
     rows_from_requests,
     rows_from_zsre,
 )
+from .seeing import layer_shares, retention, token_divergences  # noqa: E402
+from .strengths import strength_sweep  # noqa: E402
 from .tiny import TINY_MODEL  # noqa: E402
 from .trainer import QFTrainer  # noqa: E402
 from .training_args import QFTrainingArguments  # noqa: E402
 
 __all__ = [
     "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "TINY_MODEL", "check_portable", "interference",
-    "merge_taught", "model_card", "push_to_hub", "rows_from_counterfact", "rows_from_easyedit", "rows_from_knowedit",
-    "rows_from_requests", "rows_from_zsre", "save_as_lora",
+    "layer_shares", "merge_taught", "model_card", "push_to_hub", "retention", "rows_from_counterfact",
+    "rows_from_easyedit", "rows_from_knowedit", "rows_from_requests", "rows_from_zsre", "save_as_lora",
+    "strength_sweep", "token_divergences",
 ]  # fmt: skip

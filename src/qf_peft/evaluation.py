@@ -74,9 +74,9 @@ class Evaluator:
         self.network, self.encoder = network, encoder
         self.batch_tokens, self.max_new_tokens, self.progress = batch_tokens, max_new_tokens, progress
 
-    def answers(self, rows: Sequence[Row], instructed: bool = False) -> list[str | None]:
-        """The normalised answers to the rows' prompts, with or without instruction; None where one did not end."""
-        found = generate(
+    def said(self, rows: Sequence[Row], instructed: bool = False) -> list[tuple[str, bool]]:
+        """The answers to the rows' prompts, with or without instruction, and whether each ended."""
+        return generate(
             self.network,
             self.encoder.tokenizer,
             [self.encoder.prompt_ids(row, instructed) for row in rows],
@@ -84,7 +84,10 @@ class Evaluator:
             batch_tokens=self.batch_tokens,
             progress=self.progress,
         )
-        return [normalise(text) if ended else None for text, ended in found]
+
+    def answers(self, rows: Sequence[Row], instructed: bool = False) -> list[str | None]:
+        """The same, normalised; None where one did not end."""
+        return [normalise(text) if ended else None for text, ended in self.said(rows, instructed)]
 
     def right(self, rows: Sequence[Row], instructed: bool = False) -> Metric:
         """How often the answer is the row's completion."""

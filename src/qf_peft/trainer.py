@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -27,6 +30,7 @@ from .processes import all_or_none, check_alike, is_main, start, world_size
 from .rows import Encoder, Row, read_rows
 from .saving import weights_sum
 from .standing import split_lessons
+from .trackers import Trackers
 from .training_args import QFTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -96,6 +100,8 @@ class QFTrainer:
         positions = getattr(text_config(self._network), "max_position_embeddings", None)
         self.encoder = Encoder(processing_class, max_length=positions)
         self.metrics: dict[str, float] = {}
+        report_to = self.args.report_to
+        self._trackers = Trackers(report_to, self.args.to_dict()) if report_to is not None else None
 
     @property
     def _tuner(self) -> QFModel:
@@ -142,7 +148,7 @@ class QFTrainer:
             else:
                 self._teach(rows, progress)
                 self._rehearse({*answers}, progress)
-        return self.metrics
+        return self._tracked("train", self.metrics)
 
     @torch.no_grad()
     def consolidate(self) -> dict[str, float]:
@@ -182,7 +188,7 @@ class QFTrainer:
             self.metrics = {"facts": 0}
             if rest:
                 self._teach(rest, progress)
-        return {**self.metrics, "forgotten": len(gone)}
+        return self._tracked("train", {**self.metrics, "forgotten": len(gone)})
 
     def rollback(self) -> None:
         """Return to the adapter before the last `train`, `forget` or `consolidate`, bit for bit. The last eight are
@@ -328,7 +334,64 @@ class QFTrainer:
                 self._network, self.encoder, batch_tokens=self.args.batch_tokens,
                 max_new_tokens=self.args.max_new_tokens, progress=progress.update,
             )  # fmt: skip
-            return measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self._tuner.without_adapters)
+            found = measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self._tuner.without_adapters)
+        return self._tracked("eval", found)
+
+    def dry_run(self) -> dict[str, Any]:
+        """Check everything that `train()` would teach, and say what it takes, without running the model or changing
+        anything.
+
+        Returns:
+            `facts` (rows), `unanswered` (rows without a completion, which the model would answer first; not counted in
+            what follows), `known` (facts in the ledger), `corrected` (facts of the ledger that rows answer otherwise,
+            for which all would be solved anew), `taught_tokens`, `tokens` (of both passes together), `longest` (tokens
+            of the longest row, with its instruction), `modules` (the names of those that would be changed), `chats`
+            (to be preserved), `chats_to_write` (by the model itself, unless they are cached), `forward_passes` (of the
+            rows in one sweep, an estimate in units of the model's depth) and `forward_passes_at_most` (if every row
+            needed all sweeps).
+
+        Raises:
+            ValueError: what `train()` would raise of the rows and the adapter's state.
+        """
+        from .plan import plan
+
+        return plan(self)
+
+    def report(
+        self,
+        path: str | os.PathLike,
+        *,
+        locality: Iterable[Any] | None = None,
+        unknown: Iterable[Any] | None = None,
+        text: str | Iterable[str] | None = None,
+        strengths: Iterable[float] | None = None,
+    ) -> Path:
+        """Write one self-contained HTML page: the metrics with intervals; every fact's question, expected answer and
+        answers (before, in context, now); its tokens, coloured by how much each needed the instruction and what is
+        left; each block's part; recall by order of teaching; the settings. It speaks of the whole ledger and of this
+        trainer's rows, fetches nothing, and runs no scripts.
+
+        Args:
+            path: the file; one that is there is replaced at once, when all is written.
+            locality, unknown, text: as in `evaluate`.
+            strengths: values of `preserve_strength`; with them everything is taught anew at each, to plot recall
+                against locality (see [`strength_sweep`]), and put back. As slow as so many lessons.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: there is nothing to report, questions are of the wrong form, or the path has no folder.
+        """
+        from .report import write_report
+
+        return write_report(self, path, locality=locality, unknown=unknown, text=text, strengths=strengths)
+
+    def _tracked(self, group: str, metrics: dict) -> dict:
+        """Metrics, sent to the trackers of `report_to`."""
+        if self._trackers is not None:
+            self._trackers.log(group, metrics)
+        return metrics
 
     def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
         return preserved_chats(
@@ -369,8 +432,8 @@ class QFTrainer:
 
     @contextmanager
     def _progress(self) -> Iterator[tqdm]:
-        quiet = self.args.disable_tqdm or not is_main()
-        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=quiet) as bar:
+        off = self.args.disable_tqdm or are_progress_bars_disabled() or not is_main()
+        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=off) as bar:
             yield bar
 
     @contextmanager
@@ -397,12 +460,13 @@ class QFTrainer:
     def _version(self) -> Iterator[tqdm]:
         """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
         with self._tuner.serving.changing():
-            tuner, before = self._tuner, self._tuner.version(self.adapter_name)
+            tuner, before, metrics = self._tuner, self._tuner.version(self.adapter_name), self.metrics
             try:
                 with all_or_none(), self._ready() as progress:
                     yield progress
             except BaseException:
                 tuner.restore(self.adapter_name, before)
+                self.metrics = metrics
                 raise
             tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
 

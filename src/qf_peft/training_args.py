@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+_HERE = ("activation_memory", "cache_dir", "disable_tqdm", "report_to")  # of this machine and run
 
 
 @dataclass
@@ -84,7 +86,12 @@ class QFTrainingArguments:
         cache_dir (`str` or `Path`, *optional*):
             Where preserved keys are kept, by default `qf_peft` in Hugging Face's cache folder (`HF_HOME`).
         disable_tqdm (`bool`, defaults to `False`):
-            Show no progress bar. One appears only on work of more than two seconds.
+            Show no progress bar. One appears only on work of more than two seconds, and none where
+            `HF_HUB_DISABLE_PROGRESS_BARS` or `transformers.logging.disable_progress_bar()` says so.
+        report_to (`str`, `GeneralTracker` or a list of these, *optional*):
+            Where the metrics of `train` and `evaluate` go besides: names of accelerate's trackers (`"tensorboard"`,
+            `"wandb"`, `"mlflow"`, …; `"all"` that are installed) or tracker objects of your own. By default nowhere.
+            Trackers that write files put them into the folder `TENSORBOARD_LOGGING_DIR`, or `runs`.
 
     Raises:
         ValueError: a value is out of range.
@@ -112,6 +119,7 @@ class QFTrainingArguments:
     seed: int = 0
     cache_dir: str | Path | None = None
     disable_tqdm: bool = False
+    report_to: Any = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -152,9 +160,7 @@ class QFTrainingArguments:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, for JSON; without those that are about this machine and screen only."""
-        settings = asdict(self)
-        del settings["cache_dir"], settings["disable_tqdm"], settings["activation_memory"]
-        return settings
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _HERE}
 
     @property
     def activation_bytes(self) -> float | None:
