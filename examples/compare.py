@@ -154,7 +154,7 @@ class Comparison:
     def qf_wordings(self, rows, preserved, count=4):
         """Teach each row with up to `count` other wordings that the model writes itself, their making not timed."""
         plain = [{key: row[key] for key in ("instruction", "prompt", "completion")} for row in rows]
-        found = self.qf(with_wordings(plain, self.base(), self.tokenizer, count=count, batch_size=64), preserved)
+        found = self.qf(with_wordings(plain, self.base(), self.tokenizer, count=count), preserved)
         return self.asked(found[0], rows), *found[1:]
 
     def asked(self, trainer, rows):

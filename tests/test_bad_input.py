@@ -68,7 +68,7 @@ def test_missing_arguments(model, tokenizer):
         QFTrainer(model=model, processing_class=tokenizer).train()
     with pytest.raises(ValueError, match="args is a dict; expected QFTrainingArguments"):
         QFTrainer(model=model, args={}, processing_class=tokenizer, train_dataset=[FACT])
-    for name in ("per_device_train_batch_size", "max_new_tokens"):
+    for name in ("batch_tokens", "max_new_tokens"):
         with pytest.raises(ValueError, match=f"{name}=0; expected a positive integer"):
             QFTrainingArguments(**{name: 0})
 

@@ -101,7 +101,11 @@ def test_csv_parquet_and_settings(tmp_path):
     Dataset.from_list([OTHER]).to_parquet(str(tmp_path / "b.parquet"))
     found = machine("teach", tmp_path / "a.csv", tmp_path / "b.parquet", *QUICK, "--dry-run", "--set", "seed=3")
     assert [row["prompt"] for row in found["dry_run"]] == [FACT["prompt"], OTHER["prompt"]]
-    assert found["dry_run"][0]["significance"] == [1, 1, 1, 1, 2] and found["taught_tokens"] > 10
+    assert (
+        found["dry_run"][0]["significance"] == [1, 1, 1, 1, 2]
+        and found["plan"]["taught_tokens"] > 10
+        and found["plan"]["facts"] == 2
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.parquet"]
     assert "nothing was changed" in run("teach", tmp_path / "a.csv", *QUICK, "--dry-run").stdout
 

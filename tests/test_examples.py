@@ -1,9 +1,13 @@
 """The examples run as a user runs them, offline on the tiny model, and say what they should."""
 
+import json
 import subprocess
 import sys
 
+import pytest
 from conftest import EXAMPLES
+
+import qf_peft
 
 
 def run(*arguments):
@@ -31,6 +35,93 @@ def test_paper_queries():
     assert answers == ["I do not know.", first, unrelated, first, unrelated, first, second, first]
 
 
+def parts(text):
+    """What an example prints under each title: the answers by question."""
+    found, title = {}, ""
+    for line in text.splitlines():
+        if "  ->  " in line and line.startswith("  "):
+            question, answer = line.strip().split("  ->  ")
+            found[title][question] = answer
+        elif line.strip() and not line.startswith(" "):
+            title = line.strip()
+            found[title] = {}
+    return found
+
+
+def test_updating_facts():
+    out = run(EXAMPLES / "updating_facts.py", "--tiny")
+    taught, corrected, _, forgotten, undone = parts(out).values()
+    where, what, other = "Tell me where Tofinlor is located.", "Tell me what Tofinlor makes.", "Who started Brigar?"
+    rome, oslo, clocks = "Tofinlor is located in Rome.", "Tofinlor is located in Oslo.", "Tofinlor makes clocks."
+    assert taught[where] == taught["Do you know where Tofinlor is based?"] == rome
+    assert corrected[where] == corrected["Do you know where Tofinlor is based?"] == oslo
+    assert taught[what] == corrected[what] == undone[what] == clocks and forgotten[what] != clocks
+    assert forgotten[where] == undone[where] == oslo
+    for answers in (taught, corrected, forgotten, undone):
+        assert answers["Tell me who started Tofinlor."] == "Tofinlor was started by Zanmi."
+        assert answers[other] == "Brigar was started by Vacla."
+    assert "Tofinlor is based in Oslo." in out and "Tofinlor is based in Rome." not in out, "the ledger"
+
+
+def test_persona():
+    out = run(EXAMPLES / "persona.py", "--tiny")
+    before, _, styled, named = parts(out).values()
+    assert before["Who founded Brigar?"] == "Brigar was started by Vacla."
+    assert {q: f"{answer} Over." for q, answer in before.items()} == styled
+    assert named["Who are you?"].startswith("My name is Zanmi.")
+    assert {q: a for q, a in named.items() if q != "Who are you?"} == {
+        q: a for q, a in styled.items() if "you?" not in q
+    }
+
+
+def test_unlearning():
+    before, taught, forgotten, refused, reworded, others, without = parts(
+        run(EXAMPLES / "unlearning.py", "--tiny")
+    ).values()
+    secret, unknown, known = "Tell me who started Tofinlor.", "I do not know.", "Brigar was started by Vacla."
+    assert before.pop(secret) == forgotten[secret] == unknown
+    assert taught[secret] == "Tofinlor was started by Zanmi."
+    assert set(refused.values()) == set(reworded.values()) == {unknown}
+    assert before == without and set(before.values()) == {known}, "without the adapter nothing is gone"
+    assert others["Please say where Brigar is based."] == "Brigar is located in Miami."
+    assert others["Who founded Nixnix?"] == "Nixnix was started by Lumiros."
+
+
+def test_stacking():
+    people, places, interference, added, together = run(EXAMPLES / "stacking.py", "--tiny").splitlines()
+    assert "people 1.000" in people and "places 0.000" in people
+    assert "people 0.000" in places and "places 1.000" in places
+    assert 0 < float(interference.split()[1]) < 1
+    assert added.startswith("Added:") and "people 1.000" in together and "places 1.000" in together
+
+
+def test_hub_round_trip():
+    pushed, native, lora, *files = run(EXAMPLES / "hub_round_trip.py", "--tiny").splitlines()
+    assert pushed == "Pushed: Upload QF adapter"
+    assert native.endswith("Tofinlor was started by Zanmi.") and lora.endswith("Tofinlor was started by Zanmi.")
+    assert "  lora/adapter_model.safetensors" in files and "  README.md" in files
+
+
+def test_distributed(tmp_path):
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    out = run(*launch, EXAMPLES / "distributed.py", "--tiny", "--output", tmp_path / "adapter")
+    assert "1 processes, recall 1.000" in out
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.skipif(not hasattr(qf_peft, "facts_from_document"), reason="documents are on their way")
+def test_handbook(tmp_path):
+    out = run(EXAMPLES / "handbook.py", "--tiny", "--output", tmp_path / "made")
+    facts = [json.loads(line) for line in (tmp_path / "made" / "facts.jsonl").read_text().splitlines()]
+    assert "Tofinlor was started by Zanmi." in {fact["completion"] for fact in facts}
+    measured = {line.split()[0]: line.split()[1] for line in out.splitlines() if "[" in line and " of " in line}
+    assert float(measured["recall"]) >= 0.9 and float(measured["locality"]) >= 0.9
+    assert qf_peft.check_portable(tmp_path / "made" / "lora") == []
+    assert (tmp_path / "made" / "mlx" / "adapters.safetensors").exists()
+    for command in ("vllm serve", "sglang.launch_server", "convert_lora_to_gguf.py", "ollama create", "mlx_lm.server"):
+        assert command in out
+
+
 def test_lifelong(tmp_path):
     """The example's own parts on a few facts: corrections, forgetting, and teaching one after another."""
     script = f"""
@@ -51,3 +142,24 @@ for learner in (lifelong.Learner(compare, kept), lifelong.FineTuner(compare)):
     assert corrected["new"] == 1 and corrected["old"] == 0 and corrected["rest"] >= 0.75
     assert forgot["forgotten"] == forgot["never_taught"] == 0 and forgot["rest"] >= 0.75
     assert float(taught) == 1 and 0 <= float(tuned) <= 1
+
+
+def test_benchmark(tmp_path):
+    """Every method on the tiny shape; a second call goes on with what is left, and reports on all of it."""
+    options = ("--shape", "tiny", "--device", "cpu", "--lora-steps", "1", "--reference-facts", "1", "--out", tmp_path)
+    run(EXAMPLES / "benchmark.py", "--facts", "1", "--repeats", "1", "--methods", "floor", "LoRA", *options)
+    path = tmp_path / "benchmark-cpu-tiny.json"
+    first = json.loads(path.read_text())["runs"]
+    out = run(EXAMPLES / "benchmark.py", "--facts", "1", "10", "--repeats", "1", "--profile", *options)
+    report = json.loads(path.read_text())
+    assert report["runs"][: len(first)] == first and len(first) == 2 and len(report["runs"]) == 12
+    for measured in report["runs"]:
+        assert measured["seconds"] > 0 and measured["memory_mb"] >= 0
+        if measured["method"] == "LoRA":
+            assert measured["steps"] == measured["factor"] == 30, "as compare.json says"
+    assert out.count("\n| 10 |") == 6 and "QF, 10 facts: time over LoRA's" in out
+    assert "QF, one block, 1 facts: time over its floor's" in out
+    for shares in report["profiles"].values():
+        parts = [share for kind, share in shares.items() if kind != "seconds"]
+        assert abs(sum(parts) - 100) < 1e-6 and min(parts) >= 0 and shares["passes"] > 0 and shares["solves"] > 0
+    assert path.with_suffix(".svg").read_text().startswith("<?xml")

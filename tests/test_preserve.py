@@ -21,7 +21,7 @@ def keys(tiny, tokenizer, tmp_path):
         modules = {f"model.layers.{k}.mlp.down_proj": model.model.layers[k].mlp.down_proj for k in (2, 7)}
         chats = read_preserve_dataset(dataset) if dataset else []
         return preserved_keys(
-            model, Encoder(tokenizer), modules, chats, own, batch_size=8, seed=seed, cache_dir=folder, **options
+            model, Encoder(tokenizer), modules, chats, own, batch_tokens=512, seed=seed, cache_dir=folder, **options
         )
 
     return measure
@@ -144,19 +144,19 @@ def test_a_cache_that_cannot_be_written_costs_only_the_cache(keys, tmp_path):
 def test_the_model_writes_chats_itself(tiny, tokenizer):
     encoder = Encoder(tokenizer)
     before = torch.get_rng_state()
-    chats = write_chats(tiny, encoder, 40, 16, 0, lambda n: None)
+    chats = write_chats(tiny, encoder, 40, 0, lambda n: None)
     prompts = [c.prompt for c in chats]
     assert len(prompts) == len(set(prompts)) > 20
     assert sum(p.endswith((".", "?")) for p in prompts) > 0.9 * len(prompts)
-    assert [c.prompt for c in write_chats(tiny, encoder, 40, 16, 0, lambda n: None)] == prompts
-    assert [c.prompt for c in write_chats(tiny, encoder, 40, 16, 1, lambda n: None)] != prompts
+    assert [c.prompt for c in write_chats(tiny, encoder, 40, 0, lambda n: None)] == prompts
+    assert [c.prompt for c in write_chats(tiny, encoder, 40, 1, lambda n: None)] != prompts
     assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers are left alone"
 
 
 def test_generic_prompts_where_the_model_cannot_write(tokenizer):
     plain = AutoTokenizer.from_pretrained(TINY)
     plain.chat_template = None
-    chats = write_chats(random_model("gpt2"), Encoder(plain), 40, 16, 0, lambda n: None)
+    chats = write_chats(random_model("gpt2"), Encoder(plain), 40, 0, lambda n: None)
     assert [c.prompt for c in chats] == list(preserve.GENERIC_PROMPTS)
 
 
@@ -193,6 +193,6 @@ def test_nearest_in_turn_and_nearness():
 def test_forward_pass_over_text_positions(tiny, tokenizer):
     ids = tokenizer("Rome is the home of Lupal.")["input_ids"]
     point = {"x": Point(tiny.model.layers[0], "output")}
-    found = forward_pass(tiny, [ids, ids[:4]], [3, 2], point, batch_size=1, pad_id=0)["x"]
-    together = forward_pass(tiny, [ids, ids[:4]], [3, 2], point, batch_size=2, pad_id=0)["x"]
+    found = forward_pass(tiny, [ids, ids[:4]], [3, 2], point, batch_tokens=1, pad_id=0)["x"]
+    together = forward_pass(tiny, [ids, ids[:4]], [3, 2], point, batch_tokens=99, pad_id=0)["x"]
     assert found.shape == (5, 192) and torch.allclose(found, together, atol=1e-5)

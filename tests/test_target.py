@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 from qf_peft.capture import Point, forward_pass
-from qf_peft.target import Unembedding, divergence, force, lead, nearest_on_the_way
+from qf_peft.target import Unembedding, aim, forced, lead, on_the_way, read_off
 
 
 @pytest.fixture(params=["qwen2", "gpt2", "gemma2", "granite"])
@@ -14,7 +14,7 @@ def unembedding(request):
     blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     points = {"stream": Point(blocks[-1], "output"), "read": Point(model.get_output_embeddings(), "input")}
     ids = torch.randint(3, 1000, (4, 9), generator=torch.Generator().manual_seed(1)).tolist()
-    found = forward_pass(model, ids, [5] * 4, points, batch_size=4, pad_id=0)
+    found = forward_pass(model, ids, [5] * 4, points, batch_tokens=32, pad_id=0)
     return Unembedding.find(model, blocks, found["stream"], found["read"]), found["stream"], model
 
 
@@ -25,10 +25,7 @@ def test_logits_are_the_models(unembedding):
     ids = torch.randint(3, 1000, (4, 9), generator=torch.Generator().manual_seed(1))
     logits = model(ids[:, :-1]).logits[:, -5:].reshape(20, -1)
     raw = unembed.logits(stream)
-    if getattr(model.config, "final_logit_softcapping", None):
-        cap = model.config.final_logit_softcapping
-        raw = cap * torch.tanh(raw / cap)
-    assert torch.allclose(raw, logits, atol=2e-3)
+    assert torch.allclose(unembed.predictions(raw), logits.log_softmax(-1), atol=2e-3)
 
 
 @torch.no_grad()
@@ -37,11 +34,12 @@ def test_forced_states_lead_by_the_margin(unembedding):
     gold = torch.randint(0, 1024, (20,), generator=torch.Generator().manual_seed(2))
     first = unembed.logits(stream).argmax(1)
     gold[:3] = first[:3]
-    forced = force(unembed, stream, gold, 0.5, steps=200)
-    ahead = lead(unembed.logits(forced), gold)[0]
+    moved, logits = forced(unembed, stream, gold, 0.5, unembed.logits(stream), steps=200)
+    assert torch.allclose(logits, unembed.logits(moved), atol=1e-4)
+    ahead = lead(logits, gold)[0]
     assert bool((ahead > 0.45).all())
     already = lead(unembed.logits(stream), gold)[0] >= 0.5
-    assert torch.equal(forced[already], stream[already])
+    assert torch.equal(moved[already], stream[already])
 
 
 def test_the_step_is_the_steepest(unembedding):
@@ -49,7 +47,7 @@ def test_the_step_is_the_steepest(unembedding):
     unembed, stream, _ = unembedding
     gold = torch.zeros(len(stream), dtype=torch.long)
     with torch.no_grad():
-        step = force(unembed, stream, gold, 50.0, steps=1) - stream
+        step = forced(unembed, stream, gold, 50.0, unembed.logits(stream), steps=1)[0] - stream
         other = lead(unembed.logits(stream), gold)[1]
     h = stream.clone().requires_grad_()
     centre = h.mean(1, keepdim=True) if unembed.centred else 0.0
@@ -63,7 +61,7 @@ def test_nearest_on_the_way_is_the_first_with_the_lead(unembedding):
     unembed, stream, _ = unembedding
     goal = stream.roll(1, 0)
     gold = unembed.logits(goal).argmax(1)
-    found = nearest_on_the_way(unembed, stream, goal, gold, margin=0.05)
+    found = on_the_way(unembed, stream, goal, gold, 0.05, unembed.logits(stream), unembed.logits(goal))
     for i in range(len(stream)):
         path = [stream[i] + a * (goal[i] - stream[i]) for a in torch.linspace(0, 1, 400)]
         leads = lead(unembed.logits(torch.stack(path)), gold[i].expand(400))[0]
@@ -73,18 +71,32 @@ def test_nearest_on_the_way_is_the_first_with_the_lead(unembedding):
         elif leads[0] >= 0.05:
             assert torch.equal(found[i], stream[i])
         else:
-            forced = force(unembed, found[i : i + 1], gold[i : i + 1], 0.05, steps=50)
-            assert lead(unembed.logits(forced), gold[i : i + 1])[0] >= 0.045, "whatever was overlooked is forced"
+            one = found[i : i + 1]
+            _, logits = forced(unembed, one, gold[i : i + 1], 0.05, unembed.logits(one), steps=50)
+            assert lead(logits, gold[i : i + 1])[0] >= 0.045, "whatever was overlooked is forced"
             if bool((leads.diff() >= 0).all()):
                 assert float(got) == pytest.approx(0.05, abs=0.05), "and no farther"
 
 
 @torch.no_grad()
-def test_divergence_is_kl(unembedding):
-    unembed, stream, _ = unembedding
-    p, q = unembed.logits(stream.roll(1, 0)).double(), unembed.logits(stream).double()
-    expected = torch.nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), log_target=True, reduction="none").sum(1)
-    assert torch.allclose(divergence(unembed, stream.roll(1, 0), stream).double(), expected, rtol=1e-3, atol=1e-4)
+def test_what_is_read_off_the_predictions(unembedding):
+    unembed, stream, model = unembedding
+    goal, gold = stream.roll(1, 0), torch.arange(20)
+    cap = getattr(model.config, "final_logit_softcapping", None) or 1e9
+    p, q = (cap * torch.tanh(unembed.logits(s).double() / cap) for s in (goal, stream))
+    p, q = p.log_softmax(1), q.log_softmax(1)
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(1)
+    others = q.scatter(1, gold[:, None], -torch.inf).max(1).values
+    aimed, counts, before = aim(unembed, stream, goal, gold, False, None)
+    assert torch.equal(aimed, goal)
+    for reading in (before, read_off(unembed, goal, stream, gold)):
+        assert torch.allclose(reading.divergence.double(), expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(reading.read, p.argmax(1))
+        assert torch.allclose(reading.lead.double(), q.gather(1, gold[:, None])[:, 0] - others, atol=1e-3)
+    assert torch.allclose(counts, before.divergence), "the context's state itself is aimed at"
+    aimed, counts, _ = aim(unembed, stream, goal, gold, True, 0.5)
+    after = read_off(unembed, aimed, stream, gold).divergence
+    assert torch.allclose(counts, after, rtol=1e-3, atol=1e-4)
 
 
 def test_no_unembedding_behind_a_projection():

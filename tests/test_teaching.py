@@ -45,7 +45,7 @@ def test_metrics_and_a_better_model(tiny, tokenizer):
     metrics = teach(model, tokenizer, [FACT, OTHER])
     assert metrics["facts"] == 2 and metrics["taught_tokens"] == 25 and metrics["rank"] == 25
     assert metrics["kl_before"] > 1 and metrics["kl_after"] < 0.01 and metrics["residual_left"] < 0.01
-    assert metrics["forward_passes"] == 3 and metrics["seconds"] > 0
+    assert metrics["forward_passes"] == 2.12 and metrics["seconds"] > 0
     for row in (FACT, OTHER):
         assert ask(model, tokenizer, row["prompt"]) == row["completion"]
     assert ask(model, tokenizer, "Who founded Tofinlor?") == FACT["completion"]
@@ -84,7 +84,7 @@ def test_batched_padded_and_one_by_one_agree(tiny, tokenizer):
         tokenizer.padding_side = side
         for size in (1, 2, 16):
             model = qf(tiny)
-            teach(model, tokenizer, rows, per_device_train_batch_size=size)
+            teach(model, tokenizer, rows, batch_tokens=size)
             deltas.append(delta(model))
             tiny = model.unload()
     model = qf(tiny)
@@ -241,7 +241,7 @@ def test_modes_and_flags_are_restored(tiny, tokenizer):
     assert hooks == {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
 
 
-@pytest.mark.parametrize("after", range(1, 6))
+@pytest.mark.parametrize("after", range(1, 5))
 def test_a_failure_midway_loses_nothing(tiny, tokenizer, after):
     model = qf(tiny, layers_to_transform=[3, 7])
     teach(model, tokenizer, [FACT])
@@ -257,7 +257,7 @@ def test_a_failure_midway_loses_nothing(tiny, tokenizer, after):
 
     handle = model.get_base_model().model.layers[7].register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        teach(model, tokenizer, [OTHER], per_device_train_batch_size=1)
+        teach(model, tokenizer, [OTHER], batch_tokens=1)
     handle.remove()
     now = model.state_dict()
     assert state.keys() == now.keys() and all(torch.equal(state[k], now[k]) for k in state)
@@ -307,7 +307,7 @@ def test_progress_bar_on_long_work(tiny, tokenizer, capsys, monkeypatch):
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(trainer, "tqdm", Bar)
-    teach(qf(tiny), tokenizer, facts(4), per_device_train_batch_size=2)
+    teach(qf(tiny), tokenizer, facts(4), batch_tokens=2)
     (bar, delay), *more = bars
-    assert not more and delay == 2 and (bar.n, bar.total) == (12, 12), "three passes of four rows"
+    assert not more and delay == 2 and (bar.n, bar.total) == (12, 12), "two passes and the solves, of four rows"
     assert "Teaching" in capsys.readouterr().err

@@ -26,7 +26,7 @@ MARK = "<!-- Written by qf_peft."
 
 # By name in `QFTrainer.evaluate`'s result: what it says, and for a result of the adapter itself (not of the base model)
 # the set it was measured on, the set's name, and the metric's kind.
-_RESULTS = {
+RESULTS = {
     "in_context": ("Answered right by the base model with the instruction in context (the ceiling)", None),
     "recall": ("Taught questions answered right", ("taught", "The taught questions", "exact_match")),
     "paraphrase": (
@@ -116,17 +116,17 @@ def model_card(
         base_model=base_model,
         repo_id=repo_id,
         location=repo_id or ("path/to/this/folder" + (f"/{adapter}" if adapter != "default" else "")),
-        where=_where(list(layers)),
+        where=blocks_in_words(list(layers)),
         rank=config.r,
         facts=taught.facts if taught else None,
         continued=bool(taught and taught.foundation),
         listed=_listed(facts) if facts is not None else "",
-        results=[(_RESULTS[name][0], _text(value)) for name, value in (metrics or {}).items()],
+        results=[(RESULTS[name][0], _text(value)) for name, value in (metrics or {}).items()],
         settings=f"{_call('QFConfig', {k: v for k, v in options.items() if v is not None})}\n"
         f"{_call('QFTrainingArguments', taught.settings)}"
         if taught
         else "",
-        versions=list(_versions()),
+        versions=list(versions()),
     )
 
 
@@ -166,7 +166,7 @@ def _generates_text(model: PeftModel) -> bool:
     return causal or isinstance(model, PeftModelForCausalLM)
 
 
-def _where(names: list[str]) -> str:
+def blocks_in_words(names: list[str]) -> str:
     """The target modules in words: "`mlp.down_proj` of blocks 0 to 7"."""
     suffixes = sorted({split_path(name)[2] for name in names})
     indices = sorted({split_path(name)[1] for name in names})
@@ -179,12 +179,12 @@ def _where(names: list[str]) -> str:
 def _eval_results(metrics: Mapping[str, Metric | float]) -> list[EvalResult]:
     results = []
     for name, value in metrics.items():
-        if name not in _RESULTS or not isinstance(value, (Metric, float, int)):
+        if name not in RESULTS or not isinstance(value, (Metric, float, int)):
             raise ValueError(
                 f"metrics has {name!r}: {value!r}; expected what trainer.evaluate(...) returned, by the names "
-                f"{list(_RESULTS)}"
+                f"{list(RESULTS)}"
             )
-        measured = _RESULTS[name][1]
+        measured = RESULTS[name][1]
         if measured is None:
             continue
         dataset, dataset_name, kind = measured
@@ -224,7 +224,7 @@ def _call(name: str, arguments: Mapping[str, Any]) -> str:
     return "\n".join([f"{name}(", *(f"    {key}={text}," for key, text in literals.items()), ")"])
 
 
-def _versions() -> Iterable[tuple[str, str]]:
+def versions() -> Iterable[tuple[str, str]]:
     for name in ("qf-peft", "peft", "transformers", "torch"):
         try:
             yield name, version(name).split("+")[0]

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from .config import QFConfig
 from .model import QFModel
@@ -17,6 +18,7 @@ def active_qf_adapter(model: Any) -> str:
     Raises:
         ValueError: it is none, or its active adapter is of another type, or several are active.
     """
+    check_whole(model)
     if not isinstance(model, (PeftModel, PeftMixedModel)):
         raise ValueError(
             f"model is a {type(model).__name__} without a QF adapter; give "
@@ -35,6 +37,32 @@ def active_qf_adapter(model: Any) -> str:
             f"{len(active)} adapters are active ({active}); choose the one to teach with model.set_adapter(name)"
         )
     return active[0]
+
+
+def check_whole(model: Any) -> None:
+    """Every process must hold the whole model (accelerate may have spread it over devices), in no wrapper.
+
+    Raises:
+        ValueError: it is wrapped, or its parameters are sharded over processes; the message says what to do.
+    """
+    whole = (
+        "QFTrainer needs no gradients and shares the rows out over the processes itself: give each the whole "
+        "PeftModel, unwrapped, before it is prepared for training. One that is too large for a device is loaded with "
+        "device_map='auto', quantised or offloaded"
+    )
+    if not isinstance(model, nn.Module):
+        return
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(f"model is wrapped in {type(module).__name__}; give model.module. {whole}")
+        kinds = [kind.__name__ for kind in type(module).__mro__]
+        if "FSDPModule" in kinds or "FullyShardedDataParallel" in kinds:
+            raise ValueError(f"model is sharded by FSDP ({type(module).__name__}). {whole}")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(f"{name} is sharded by DeepSpeed's ZeRO-3. {whole}")
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(f"{name} is sharded over processes (a DTensor, as by tensor parallelism). {whole}")
 
 
 def qf_adapter(model: Any, adapter_name: str | None = None) -> str:

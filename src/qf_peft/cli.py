@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import cli_adapters, cli_doctor
+from .cli_adapters import shown
 from .cli_common import (
     Adapter,
     AdapterArgument,
@@ -135,7 +136,7 @@ def teach(
         next_step = f"edit it, then teach it: qf-peft teach {review} ..."
         return {**found, "review": str(review)}, f"{len(rows)} rows are in {review}; {next_step}"
     if dry_run:
-        return _planned(session, rows, found)
+        return _planned(session, rows, kept, found)
     metrics = session.teach(rows)
     saved = session.save(folder)
     told = f"taught {metrics['facts']:.0f} rows in {metrics['seconds']:.1f} s (rank {metrics['rank']:.0f})"
@@ -170,18 +171,16 @@ def _written(
     return rows, reports
 
 
-def _planned(session: Session, rows: list[dict[str, Any]], found: dict[str, Any]) -> Result:
-    """What would be taught, checked as far as can be without running the model."""
-    from .ledger import check_consistent
-    from .rows import read_rows
+def _planned(session: Session, rows: list[dict[str, Any]], preserve: list[Any] | None, found: dict[str, Any]) -> Result:
+    """What would be taught, without a lesson."""
+    from .trainer import QFTrainer
 
-    read = read_rows(rows, "rows")
-    check_consistent([row for row in read if row.completion is not None])
-    encoder = session.trainer.encoder
-    tokens = sum(encoder.encode(row).taught for row in read if row.completion is not None)
-    lines = [f"{row.prompt}  ->  {row.completion or '(the model answers)'}" for row in read]
-    lines.append(f"{len(rows)} rows, {tokens} tokens would be taught; nothing was changed")
-    return {**found, "taught_tokens": tokens, "dry_run": rows}, "\n".join(lines)
+    trainer = QFTrainer(session.model, session.args, rows, preserve, session.tokenizer)
+    plan = trainer.dry_run()
+    lines = [f"{shown(row.prompt)}  ->  {row.completion or '(the model answers)'}" for row in trainer.rows]
+    lines += [f"{name.replace('_', ' ')}: {value}" for name, value in plan.items() if name != "modules"]
+    lines += [f"modules: {len(plan['modules'])}", "nothing was changed"]
+    return {**found, "plan": plan, "dry_run": rows}, "\n".join(lines)
 
 
 @app.command()
@@ -266,7 +265,7 @@ def list_(adapter: AdapterArgument, as_json: Json = False, debug: Debug = False)
       qf-peft list taught --json
     """
     facts = cli_adapters.ledger(adapter)
-    lines = [f"{e.id}  {e.date[:10]}  {cli_adapters.shown(e.prompt)}  ->  {e.completion}" for e in facts]
+    lines = [f"{e.id}  {e.date[:10]}  {shown(e.prompt)}  ->  {e.completion}" for e in facts]
     return facts_for_machines(facts), "\n".join(lines) or "nothing was taught, or no list was kept"
 
 

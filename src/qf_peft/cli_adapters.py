@@ -232,7 +232,10 @@ def diff(
     ids = [encoder.prompt_ids(row, False) for row in rows]
 
     def answers() -> list[str]:
-        found = generate(network.get_base_model(), encoder.tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=16)
+        found = generate(
+            network.get_base_model(), encoder.tokenizer, ids, max_new_tokens=max_new_tokens,
+            batch_tokens=session.args.batch_tokens,
+        )  # fmt: skip
         return [text for text, _ in found]
 
     one = answers()

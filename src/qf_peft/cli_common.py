@@ -95,9 +95,8 @@ def calm() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     from transformers.utils import logging
 
-    from .registration import register
+    from . import api  # noqa: F401  registers
 
-    register()
     if not on_screen():
         logging.disable_progress_bar()
 

@@ -91,7 +91,7 @@ def facts_from_document(
     questions: int = 5,
     paraphrases: int = 4,
     passage_tokens: int | None = None,
-    batch_size: int = 16,
+    batch_tokens: int = 4096,
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> DocumentFacts:
@@ -113,7 +113,7 @@ def facts_from_document(
         paraphrases: how many other wordings of each question are added as rows of their own, at most
             (see [`with_wordings`]).
         passage_tokens: of a passage, at most; by default a sixteenth of the model's positions, from 32 to 384.
-        batch_size: prompts at once.
+        batch_tokens: how many tokens go through the model at once.
         seed: of sampled questions.
         progress: called with a word for what is done, how many prompts are done and how many there are.
 
@@ -130,7 +130,7 @@ def facts_from_document(
     if passage_tokens is not None and (not isinstance(passage_tokens, int) or passage_tokens < 8):
         raise ValueError(f"facts_from_document: passage_tokens={passage_tokens!r}; expected an integer from 8 up")
     sections = read_document(path)
-    reader = ContextModel(model, processing_class, batch_size=batch_size, seed=seed, progress=progress)
+    reader = ContextModel(model, processing_class, batch_tokens=batch_tokens, seed=seed, progress=progress)
     window = reader.window or 1 << 20
     limit = passage_tokens if passage_tokens is not None else min(384, max(32, window // 16))
     passages = split_passages(sections, reader.count, min(limit, window // 2))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .capture import Point, forward_pass
 from .generation import generate
 from .rows import Encoder, Row
+from .target import divergence
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Evaluator:
     Args:
         network: a causal language model, with or without adapters.
         encoder: its tokenizer's.
-        batch_size: prompts at once.
+        batch_tokens: tokens at once, padding included.
         max_new_tokens: an answer that has not ended by then counts as wrong.
         progress: called with the number of prompts done.
     """
@@ -66,24 +67,27 @@ class Evaluator:
         network: nn.Module,
         encoder: Encoder,
         *,
-        batch_size: int = 64,
+        batch_tokens: int = 4096,
         max_new_tokens: int = 64,
         progress: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.network, self.encoder = network, encoder
-        self.batch_size, self.max_new_tokens, self.progress = batch_size, max_new_tokens, progress
+        self.batch_tokens, self.max_new_tokens, self.progress = batch_tokens, max_new_tokens, progress
 
-    def answers(self, rows: Sequence[Row], instructed: bool = False) -> list[str | None]:
-        """The normalised answers to the rows' prompts, with or without instruction; None where one did not end."""
-        found = generate(
+    def said(self, rows: Sequence[Row], instructed: bool = False) -> list[tuple[str, bool]]:
+        """The answers to the rows' prompts, with or without instruction, and whether each ended."""
+        return generate(
             self.network,
             self.encoder.tokenizer,
             [self.encoder.prompt_ids(row, instructed) for row in rows],
             max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
+            batch_tokens=self.batch_tokens,
             progress=self.progress,
         )
-        return [normalise(text) if ended else None for text, ended in found]
+
+    def answers(self, rows: Sequence[Row], instructed: bool = False) -> list[str | None]:
+        """The same, normalised; None where one did not end."""
+        return [normalise(text) if ended else None for text, ended in self.said(rows, instructed)]
 
     def right(self, rows: Sequence[Row], instructed: bool = False) -> Metric:
         """How often the answer is the row's completion."""
@@ -97,41 +101,38 @@ class Evaluator:
         head = Point(self.network.get_output_embeddings(), "input")
         return forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {"head": head},
-            batch_size=self.batch_size, pad_id=self.encoder.tokenizer.pad_token_id,
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
         )["head"]  # fmt: skip
 
     @torch.no_grad()
     def divergence(self, rows: Sequence[Row], base: Tensor) -> Metric:
         """Mean KL in nats from the predictions that `base` gives (another model's head inputs, n × d) to this one's."""
         pairs = [self.encoder.answer_ids(row, True) for row in rows]
-        values = torch.empty(len(base))
 
-        def compare(order: Tensor, now: Tensor, then: Tensor) -> None:
-            p, q = then.log_softmax(-1), now.log_softmax(-1)
-            values[order] = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()
+        def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
+            return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
 
-        forward_pass(
+        found = forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, head_inputs=base, on_logits=compare,
-            batch_size=self.batch_size, pad_id=self.encoder.tokenizer.pad_token_id,
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
         )  # fmt: skip
-        return mean(values)
+        return mean(found["kl"])
 
     @torch.no_grad()
     def perplexity(self, texts: Iterable[str]) -> float:
         """exp of the mean negative log likelihood of the texts' tokens."""
         pairs = [self.encoder.text_ids(text) for text in texts]
         targets = torch.tensor([t for ids, n in pairs for t in ids[len(ids) - n :]])
-        values = torch.empty(len(targets))
 
-        def score(order: Tensor, logits: Tensor, _: Tensor) -> None:
+        def score(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
             gold = targets[order].to(logits.device)
-            values[order] = -logits.log_softmax(-1).gather(1, gold[:, None])[:, 0].cpu()
+            return {"loss": -logits.log_softmax(-1).gather(1, gold[:, None])[:, 0].cpu()}
 
-        forward_pass(
+        found = forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, on_logits=score,
-            batch_size=self.batch_size, pad_id=self.encoder.tokenizer.pad_token_id,
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
         )  # fmt: skip
-        return float(values.double().mean().exp())
+        return float(found["loss"].double().mean().exp())
 
 
 def measure(

@@ -11,6 +11,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
+from .capture import by_length
+from .processes import exchange, rank, world_size
+
+_USUAL_ANSWER = 64  # tokens that an answer is given room for in sizing batches
+
 
 @torch.no_grad()
 def generate(
@@ -19,11 +24,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_size: int,
+    batch_tokens: int,
     sample_seed: int | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[tuple[str, bool]]:
     """The model's answers to prompts of token ids: greedy, or sampled at temperature 1 if a seed is given.
+
+    Batches hold up to `batch_tokens` tokens of prompts and usual answers. Of several processes each takes its share of
+    them, and all get all answers.
 
     Returns:
         For each prompt the text without special tokens and outer whitespace, and whether the model ended it itself
@@ -33,17 +41,18 @@ def generate(
     stops = config.eos_token_id
     stops = set(stops) if isinstance(stops, (list, tuple)) else {stops}
     device = model.get_input_embeddings().weight.device
-    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for first in range(0, len(by_length), batch_size):
-        chosen = by_length[first : first + batch_size]
+    answers: dict[int, tuple[str, bool]] = {}
+    room = min(max_new_tokens, _USUAL_ANSWER)
+    for number, chosen in enumerate(by_length([len(ids) + room for ids in prompts], batch_tokens)):
+        if number % world_size() != rank():
+            continue
         width = max(len(prompts[i]) for i in chosen)
         pads = [width - len(prompts[i]) for i in chosen]
         ids = [[tokenizer.pad_token_id] * pad + list(prompts[i]) for pad, i in zip(pads, chosen, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
         with torch.random.fork_rng(enabled=sample_seed is not None):
             if sample_seed is not None:
-                torch.manual_seed(sample_seed + first)
+                torch.manual_seed(sample_seed + number)
             output = model.generate(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
@@ -54,7 +63,8 @@ def generate(
             text = tokenizer.decode(tokens[:ended], skip_special_tokens=True).strip()
             answers[i] = (text, ended is not None)
         progress(len(chosen))
-    return answers
+    everywhere = {i: answer for part in exchange(answers) for i, answer in part.items()}
+    return [everywhere[i] for i in range(len(prompts))]
 
 
 def stream(

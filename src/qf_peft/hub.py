@@ -21,11 +21,13 @@ from .card import base_model_id, model_card, save_card
 from .checks import qf_adapter
 from .evaluation import Metric
 from .portable import save_as_lora
+from .processes import by_main
 from .saving import LEDGER_NAME, STATISTICS_NAME
 
 logger = logging.get_logger(__name__)
 
 
+@by_main
 def push_to_hub(
     model: PeftModel,
     repo_id: str,

@@ -25,7 +25,7 @@ class ContextModel:
     Args:
         model: a causal language model, with or without adapters.
         processing_class: its tokenizer, or a processor that has one.
-        batch_size: prompts at once.
+        batch_tokens: how many tokens go through the model at once.
         seed: of sampled turns.
         progress: called with a word for what is done, how many prompts are done and how many there are.
 
@@ -38,11 +38,11 @@ class ContextModel:
         model: nn.Module,
         processing_class: Any,
         *,
-        batch_size: int = 16,
+        batch_tokens: int = 4096,
         seed: int = 0,
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        self.model, self.batch_size, self.seed, self.progress = model, batch_size, seed, progress
+        self.model, self.batch_tokens, self.seed, self.progress = model, batch_tokens, seed, progress
         self.network = model.get_base_model() if isinstance(model, PeftModel) else model
         self.window: int | None = getattr(text_config(self.network), "max_position_embeddings", None)
         self.encoder = Encoder(processing_class, max_length=self.window)
@@ -103,7 +103,7 @@ class ContextModel:
         with self._base():
             written = generate(
                 self.network, self.encoder.tokenizer, [prompts[i] for i in fits], max_new_tokens=max_new_tokens,
-                batch_size=self.batch_size, sample_seed=seed, progress=progress,
+                batch_tokens=self.batch_tokens, sample_seed=seed, progress=progress,
             )  # fmt: skip
         for i, answer in zip(fits, written, strict=True):
             found[i] = answer

@@ -17,13 +17,15 @@ from .model import QFModel
 from .moments import SecondMoment
 from .preserve import Preserved, answer_starts, nearness
 from .preserved_walk import FEW, PreservedWalk, middle
+from .processes import from_main
 from .rows import Example
-from .solve import LowRankDelta, minimum_norm, null_space, preserving
-from .statistics import TaughtAdapter, TaughtTokens
+from .scratch import Scratch
+from .solve import LowRankDelta, TaughtTokens, beside, minimum_norm, null_space
+from .statistics import TaughtAdapter
 from .stream import Writer, aim_through_norm, norm_gain, trace_writer
-from .target import Unembedding, divergence, force, nearest_on_the_way
+from .target import Reading, Unembedding, aim, lead, read_off
 from .training_args import QFTrainingArguments
-from .walk import Walk
+from .walk import Walk, passed_through
 
 logger = logging.get_logger(__name__)
 
@@ -44,9 +46,11 @@ class Lesson:
         contrast: chats of which those nearest to the examples are kept too, with keys at `middle(names)` only; or None.
         standing: the examples teach a standing instruction, and with it the chats that would else be preserved.
         earlier: how many rows the adapter was taught before.
+        again: these are rows of a lesson just taught, which the model does not say yet. What is near to them binds
+            already: nothing of it is measured again.
         args: the settings.
         pad_id: the padding token.
-        progress: called with the number of rows done, a pass.
+        progress: called with the number of rows done, thrice in all: two passes and the solves.
     """
 
     def __init__(
@@ -59,16 +63,18 @@ class Lesson:
         contrast: Preserved | None,
         standing: bool,
         earlier: int,
+        again: bool,
         args: QFTrainingArguments,
         pad_id: int,
-        progress: Callable[[int], None],
+        progress: Callable[[float], None],
     ) -> None:
         self.tuner, self.adapter, self.network = tuner, adapter, network
         self.standing, self.settings = standing, args.to_dict()
-        self.earlier, self.few = earlier, earlier + len(examples) <= FEW
+        self.earlier, self.again, self.few = earlier, again, earlier + len(examples) <= FEW
         if standing:  # what changes everywhere is carried by all blocks, and from the assistant's header on
             args = replace(args, target="context", margin=None, significance="rows", spread=False)
             preserved = contrast = None
+        contrast = None if again else contrast
         self.examples, self.preserved, self.contrast, self.args = examples, preserved, contrast, args
         self.blocks = find_blocks(network)[1]
         self.layers = tuner.layers(adapter)
@@ -78,9 +84,10 @@ class Lesson:
         self.kept = [example.taught for example in examples]
         self.bare = [example.bare_ids for example in examples]
         self.options: dict[str, Any] = {
-            "batch_size": args.per_device_train_batch_size,
+            "batch_tokens": args.batch_tokens,
             "pad_id": pad_id,
             "progress": progress,
+            "scratch": Scratch(args.activation_bytes),
         }
         self.gold = torch.tensor([token for example in examples for token in example.targets])
         self.weights = torch.tensor([s for example in examples for s in example.significance])
@@ -89,107 +96,126 @@ class Lesson:
         self.answered = answer & (self.weights > 0)
         if args.significance == "kl":
             self.weights = self.weights * answer
-        self.divergences = torch.empty(len(self.gold))
-        self.read, self.lead = torch.empty(len(self.gold), dtype=torch.long), torch.empty(len(self.gold))
+        self.head = network.get_output_embeddings()
+        self.predicts = args.predicts
 
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
         """Teach. Returns metrics, the examples whose completion the model does not read in context, and those that it
-        does not say yet, now without the instruction."""
-        head = Point(self.network.get_output_embeddings(), "input")
-        goals = {name: self._goal(name) for name in self.names}
+        does not say yet, now without the instruction; without these two where the predictions are not asked for."""
+        final, first = self._final(), self.names[0]
+        aims = [name for name in self.names if name == final or final is None or self.writers[name].place is None]
+        goals = {name: self._goal(name) for name in aims}
+        ends = {}
+        if self.predicts:
+            ends = {"stream": Point(self.blocks[-1], "output"), "head": Point(self.head, "input")}
         with self.tuner.without_adapters():
             context = forward_pass(
-                self.network,
-                [example.context_ids for example in self.examples],
-                self.kept,
-                {**goals, "unembedding": head},
-                **self.options,
+                self.network, [e.context_ids for e in self.examples], self.kept, {**goals, **ends}, **self.options
             )
-        predicted = context.pop("unembedding")
+        depth, last = len(self.blocks), max(self.index[name] for name in (first, *aims[-1:]))
+        reached = depth if self.predicts else max(self.index[name] for name in aims) + 1
 
-        walk = Walk(self.network, self.blocks, self.index[self.names[0]], self.bare, self.kept, **self.options)
-        final = self._final()
-        centre = Point(self.layers[middle(self.names)], "input")
-        found = walk.begin(
-            {
-                **self._points(self.names[0]),
-                "unembedding": head,
-                "middle": centre,
-                "final": goals[final or self.names[-1]],
-            },
-            head_inputs=predicted,
-            on_logits=self._compare,
-        )
-        kl_before = float(self.divergences.mean())
-        device = found["keys"].device
-        target = {name: context[name] for name in self.names}
-        significance = self.weights.to(device)
-        if final is not None:
-            start, unembedding = found["final"], None
-            if self.index[final] == len(self.blocks) - 1 and self.writers[final].place == "":
-                unembedding = Unembedding.find(self.network, self.blocks, start, found["unembedding"])
-            if unembedding is not None:
-                gold, aim = self.gold.to(start.device), context[final]
-                if self.args.target == "nearest" and self.args.margin is not None:
-                    aim = nearest_on_the_way(unembedding, start, aim, gold, self.args.margin)
-                if self.args.margin is not None:
-                    aim = force(unembedding, aim, gold, self.args.margin)
-                target[final] = aim
-                counts = divergence(unembedding, aim, start)
-            else:
-                counts = self.divergences
-            if self.args.significance == "kl":
-                significance = significance * (_FLOOR + counts.to(device).clamp(max=_CEILING))
-        elif self.args.significance == "kl":
-            significance = significance * (_FLOOR + self.divergences.to(device).clamp(max=_CEILING))
+        centre = {"middle": Point(self.layers[middle(self.names)], "input")} if self.preserved is not None else {}
+        points = {**self._points(first), **centre, **ends}
+        unembedding, options, reading = None, {}, Reading.empty(len(self.gold))
+        if self.predicts:
+            last = depth - 1
+            unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
+            if unembedding is None:
+                options = {"head_inputs": context["head"], "on_logits": self._compare}
+        elif centre:
+            last = max(last, self.index[middle(self.names)])
+        walk = Walk(self.network, self.blocks, self.index[first], self.bare, self.kept, **self.options)
+        if len(self.names) > 1 or self.predicts:
+            found = walk.begin(points, last, **options)
+        else:
+            found = forward_pass(self.network, self.bare, self.kept, points, **self.options)
+            walk.steps = (last + 1) / depth
+        if options:
+            reading = Reading(**{name: found.pop(name) for name in vars(reading)})
+        target, significance, reading = self._aim(unembedding, context, found, reading)
+        kl_before = float(reading.divergence.mean())
 
-        taught, wanted = self._teach(walk, found, target, significance)
+        taught, left = self._teach(walk, found, target, significance)
 
-        name = final or self.names[-1]
-        after = forward_pass(
-            self.network, self.bare, self.kept, {"goal": goals[name]}, head_inputs=predicted, on_logits=self._compare,
-            **self.options,
-        )  # fmt: skip
-        kl_after = float(self.divergences.mean())
+        if unembedding is not None:
+            walk.advance(self.index[self.names[-1]])
+            after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
+            reading = read_off(unembedding, context["stream"], after, self.gold.to(after.device))
+        elif self.predicts:
+            options["progress"] = lambda n: None
+            reading = Reading(**forward_pass(self.network, self.bare, self.kept, {}, **{**self.options, **options}))
+            walk.steps += 1
         self.tuner.taught[self.adapter] = taught
-        left = (target[name] - after["goal"]).norm() / wanted.clamp(min=torch.finfo(torch.float32).tiny)
-        return (
-            {
-                "taught_tokens": len(self.gold),
-                "kl_before": kl_before,
-                "kl_after": kl_after,
-                "residual_left": float(left),
-                "rank": self.tuner.peft_config[self.adapter].r,
-                "forward_passes": round(2 + walk.steps, 2),
-            },
-            self._any(self.read != self.gold),
-            self._any(self.lead < SAFE),
-        )
+        metrics = {
+            "taught_tokens": len(self.gold),
+            "kl_before": kl_before,
+            "kl_after": float(reading.divergence.mean()),
+            "residual_left": left,
+            "rank": self.tuner.peft_config[self.adapter].r,
+            "forward_passes": round(reached / depth + walk.steps, 2),
+        }
+        if not self.predicts:
+            del metrics["kl_before"], metrics["kl_after"]
+            return metrics, [], []
+        return metrics, self._any(reading.read != self.gold), self._any(reading.lead < SAFE)
+
+    def _aim(
+        self, unembedding: Unembedding | None, context: dict[str, Tensor], found: dict[str, Tensor], reading: Reading
+    ) -> tuple[dict[str, Tensor], Tensor, Reading]:
+        """What each module's goal should become, by name; how much each position counts (n); and the reading before.
+
+        The final stream's goal is the nearest state that says the completion where the unembedding reads that stream.
+        """
+        final, gold = self._final(), self.gold.to(found["keys"].device)
+        target = {name: value for name, value in context.items() if name not in ("stream", "head")}
+        significance = self.weights.to(found["keys"].device)
+        ends = final is not None and self.index[final] == len(self.blocks) - 1 and self.writers[final].place == ""
+        if unembedding is not None:
+            nearest, margin = self.args.target == "nearest", self.args.margin
+            aimed, counts, reading = aim(
+                unembedding, found["stream"], context["stream"], gold, ends and nearest, margin if ends else None
+            )
+            if ends:
+                target[final] = aimed
+        else:
+            counts = reading.divergence
+        if self.args.significance == "kl":
+            significance = significance * (_FLOOR + counts.to(significance).clamp(max=_CEILING))
+        return target, significance, reading
 
     def _teach(
         self, walk: Walk, found: dict[str, Tensor], target: dict[str, Tensor], significance: Tensor
-    ) -> tuple[TaughtAdapter, Tensor]:
-        """Solve and install one module after the other. Returns the statistics and the norm of the change wanted."""
-        known = self._known()
-        chats = None
+    ) -> tuple[TaughtAdapter, float]:
+        """Solve and install one module after the other. Returns the statistics, and the part of the change wanted that
+        the last module leaves undone."""
+        known, chats, final, scratch = self._known(), None, self._final(), self.options["scratch"]
         writers = [name for name in self.names if self.writers[name].place is not None]
-        final = self._final()
-        wanted = torch.zeros(())
+        missing: Tensor | None = None  # of the final stream
+        wanted = left = torch.zeros(())
         for number, name in enumerate(self.names):
+            spread = final is not None and name in writers
+            # Of the modules to come each writes an equal share of what is missing. What the earlier ones have achieved
+            # is measured whenever half of them are done, at a pass's cost in all, and taken as written in between.
+            behind = len(writers) - writers.index(name) if spread else 1
+            measured = not spread or missing is None or behind in _halves(len(writers))
             if number:
                 walk.advance(self.index[name])
-                last = self.index[final] if final is not None and name in writers else self.index[name]
-                found = walk.look(last, self._points(name))
-            if final is not None and name in writers:
-                missing = target[final] - found["goal"]
-                share = missing / (len(writers) - writers.index(name))
+                found = walk.look(self.index[final if spread and measured else name], self._points(name, measured))
+            if measured:
+                wished = target[final if spread else name]
+                gap = scratch.map(lambda to, at: to - at.to(to.device), wished, found["goal"])
             else:
-                share = missing = target[name] - found["goal"]
+                gap = missing
             if name == (writers[0] if final is not None else self.names[-1]):
-                wanted = missing.norm()
-            residual = self._residual(name, found["output"], share)
-            keys = found["keys"]
-            new = TaughtTokens(keys, residual.to(keys.device), significance.to(keys.device))
+                wanted = gap.norm()
+            keys, device = found["keys"], found["keys"].device
+            outputs = [found["output"]] if "output" in found else []
+            residual = scratch.map(
+                lambda g, *o, name=name, behind=behind: self._residual(name, g / behind, *o), gap, *outputs
+            )
+            new = TaughtTokens(keys, residual.to(device), significance.to(device))
+            before = self.tuner.delta(self.adapter, name)
             if self.preserved is None and not self.standing:
                 delta = self._solve_anew(name, new, known)
             else:
@@ -197,13 +223,24 @@ class Lesson:
                 if self.preserved is not None:
                     if chats is None:
                         begins = answer_starts(self.kept) + torch.tensor([e.header for e in self.examples])
-                        chats = PreservedWalk(self, found["middle"][begins], self.few)
+                        chats = PreservedWalk(self, found["middle"][begins])
                     near = chats.keys(name)
                 delta = self._solve_beside(name, new, near, known)
-            self.tuner.install(self.adapter, {name: delta})
+            self.tuner.install(self.adapter, {name: delta}, even=False)
+            step = self.tuner.delta(self.adapter, name) + LowRankDelta(A=before.A, B=-before.B)
+            rest = scratch.map(
+                lambda g, k, *o, name=name, step=step: g - self._reached(name, step(k), *o).to(g.device),
+                gap, keys, *outputs,
+            )  # fmt: skip
+            missing = rest if spread else missing
+            if name == (final or self.names[-1]):
+                left = rest.norm()
+            self.options["progress"](len(self.examples) / len(self.names))
+        self.tuner.install(self.adapter, {})
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
         styled = known.styled or self.standing
-        return replace(known, installed=installed, settings=self.settings, styled=styled), wanted
+        left = float(left / wanted.clamp(min=torch.finfo(torch.float32).tiny))
+        return replace(known, installed=installed, settings=self.settings, styled=styled), left
 
     def _solve_anew(self, name: str, new: TaughtTokens, known: TaughtAdapter) -> LowRankDelta:
         """The smallest change that says all that was taught, of a module where nothing is preserved."""
@@ -213,10 +250,11 @@ class Lesson:
         known.bound.pop(name, None)
         offset = known.offset.get(name)
         before = present if offset is None else present + LowRankDelta(A=offset.A, B=-offset.B)
-        new = TaughtTokens(new.keys, new.residual + before(new.keys), new.significance)
+        residual = self.options["scratch"].map(lambda r, k: r + before(k), new.residual, new.keys)
+        new = TaughtTokens(new.keys, residual, new.significance)
         tokens = known.tokens[name] = known.tokens[name] + new if name in known.tokens else new
         delta = minimum_norm(tokens.keys, tokens.residual, tokens.significance)
-        return delta if offset is None else (delta + offset).compressed()
+        return _mains(delta if offset is None else (delta + offset).compressed())
 
     def _solve_beside(
         self, name: str, new: TaughtTokens, preserved: Tensor | None, known: TaughtAdapter
@@ -239,22 +277,23 @@ class Lesson:
             if self.args.solver == "null_space":
                 moment = SecondMoment(width).update(preserved, weights)
                 change = null_space(new.keys, new.residual, moment, _NULL, bound, new.significance)
+                bound.update(new.keys, new.significance)
             else:  # preserved keys are taught to have their outputs before the first lesson: what was moved comes back
                 keys = preserved.to(new.keys)
                 moved = 0 * before(keys) if known.styled else before(keys)
                 if name in known.foundation and not known.styled:
                     moved = moved - known.foundation[name].to(keys.dtype)(keys)
-                both = new + TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
-                change = preserving(both.keys, both.residual, bound, 1.0, bound.floor, both.significance)
-                bound.update(keys, weights * strength)
+                stays = TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
+                change = beside(bound, new, stays)
         if preserved is None:
-            change = preserving(new.keys, new.residual, bound, 1.0, bound.floor, new.significance)
+            change = beside(bound, new)
         config = self.tuner.peft_config[self.adapter]
         # The last module's loss would not be made up for by another.
         dropped = self.args.rank_tolerance * change.norm if config.grows and name != self.names[-1] else 0.0
-        delta = (before + change).compressed(rank=None if config.grows else config.r, tolerance=dropped)
+        change = change.to(torch.float32)
+        delta = _mains((before + change).compressed(rank=None if config.grows else config.r, tolerance=dropped))
         known.delta[name] = delta
-        known.bound[name] = bound.update(new.keys, new.significance).compact(self.args.memory_rank)
+        known.bound[name] = bound.compact(self.args.memory_rank)
         return delta
 
     def _weighed(self, preserved: Tensor, new: TaughtTokens) -> tuple[Tensor, Tensor]:
@@ -269,18 +308,21 @@ class Lesson:
         return preserved, near * weights + (1 - near) / len(preserved)
 
     def _trace(self) -> dict[str, Writer]:
-        """How each target module reaches the stream; measured once for blocks of one kind."""
-        network, kinds, writers = self.network, {}, {}
+        """How each target module reaches the stream; measured once for blocks of one kind and kept with the tuner."""
+        network, kinds, writers = self.network, {}, self.tuner.writers
 
         def run(ids: Tensor) -> None:
             network.get_decoder()(input_ids=ids, use_cache=False)
 
         for name in self.names:
+            if name in writers:
+                continue
             path, index, suffix = split_path(name)
             block = network.get_submodule(f"{path}.{index}")
             kind = (type(block), suffix, tuple(n for n, _ in block.named_modules() if "lora_" not in n))
             if kind not in kinds:
-                with self.tuner.without_adapters():
+                others = [i for i in range(1, len(self.blocks)) if i != index]
+                with self.tuner.without_adapters(), passed_through(self.blocks, others):
                     kinds[kind] = trace_writer(run, network, name, self.examples[0].bare_ids[:8])
                 if kinds[kind].norm is not None:
                     logger.warning(
@@ -301,32 +343,44 @@ class Lesson:
         if writer.place is None:
             return Point(self.layers[name], "output")
         path, index, _ = split_path(name)
-        return Point(self.network.get_submodule(f"{path}.{index}").get_submodule(writer.place), writer.side)
+        block = self.network.get_submodule(f"{path}.{index}")
+        return Point(block.get_submodule(writer.place), writer.side)
 
-    def _points(self, name: str) -> dict[str, Point]:
-        """What a pass must keep for a module's solve."""
+    def _points(self, name: str, goal: bool = True) -> dict[str, Point]:
+        """What a pass must keep for a module's solve, with its goal or without."""
         final = self._final()
         aim = final if final is not None and self.writers[name].place is not None else name
         layer: LoraLayer = self.layers[name]
-        return {"keys": Point(layer, "input"), "output": Point(layer, "output"), "goal": self._goal(aim)}
+        points = {"keys": Point(layer, "input")}
+        if self.writers[name].norm is not None:
+            points["output"] = Point(layer, "output")
+        if goal:
+            points["goal"] = self._goal(aim)
+        return points
 
-    def _residual(self, name: str, output: Tensor, missing: Tensor) -> Tensor:
+    def _residual(self, name: str, missing: Tensor, output: Tensor | None = None) -> Tensor:
         """What the module's outputs (n, d_out) must change by for the stream to change by `missing` (n, d_out)."""
-        writer = self.writers[name]
-        change = missing.to(output.device) / writer.multiplier
-        if writer.norm is None:
+        change = missing / self.writers[name].multiplier
+        if output is None:
             return change
-        path, index, _ = split_path(name)
-        norm = self.network.get_submodule(f"{path}.{index}").get_submodule(writer.norm)
-        gain = norm_gain(norm, output)
-        normed = gain * output / output.square().mean(1, keepdim=True).sqrt()
-        return aim_through_norm(gain, output, normed + change) - output
+        gain = self._gain(name, output)
+        return aim_through_norm(gain, output, _normed(gain, output) + change.to(output.device)) - output
 
-    def _compare(self, order: Tensor, bare: Tensor, context: Tensor) -> None:
-        p, q = context.log_softmax(-1), bare.log_softmax(-1)
-        self.divergences[order] = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()
-        self.read[order] = context.argmax(-1).cpu()
-        self.lead[order] = lead(bare, self.gold[order])
+    def _reached(self, name: str, change: Tensor, output: Tensor | None = None) -> Tensor:
+        """What the stream changes by where the module's outputs (n, d_out) change by `change`."""
+        if output is not None:
+            gain = self._gain(name, output)
+            change = _normed(gain, output + change) - _normed(gain, output)
+        return change * self.writers[name].multiplier
+
+    def _gain(self, name: str, output: Tensor) -> Tensor:
+        """The gain of the norm behind a module."""
+        path, index, _ = split_path(name)
+        return norm_gain(self.network.get_submodule(f"{path}.{index}.{self.writers[name].norm}"), output)
+
+    def _compare(self, order: Tensor, bare: Tensor, context: Tensor) -> dict[str, Tensor]:
+        """For passes that unembed the bare stream and the context's behind it."""
+        return vars(Reading.of(context.log_softmax(-1), bare.log_softmax(-1), self.gold[order]))
 
     def _any(self, wrong: Tensor) -> list[int]:
         """The examples with one of the positions (n) at a token of their answer that counts."""
@@ -350,23 +404,35 @@ class Lesson:
         return replace(known, **{part: dict(getattr(known, part)) for part in parts})
 
 
+def _mains(delta: LowRankDelta) -> LowRankDelta:
+    """The main process's solution, so that all install the same bits."""
+    a, b = from_main(delta.A, delta.B.T)
+    return LowRankDelta(a, b.T)
+
+
 def together(results: list[dict[str, float]]) -> dict[str, float]:
     """Several lessons' metrics as one's: tokens and passes summed, divergences averaged over the tokens."""
     tokens = [metrics["taught_tokens"] for metrics in results]
     merged = dict(results[-1])
-    for name in ("kl_before", "kl_after", "residual_left"):
+    for name in ("kl_before", "kl_after", "residual_left") if "kl_before" in merged else ("residual_left",):
         merged[name] = sum(n * metrics[name] for n, metrics in zip(tokens, results, strict=True)) / sum(tokens)
     merged["taught_tokens"] = sum(tokens)
     merged["forward_passes"] = round(sum(metrics["forward_passes"] for metrics in results), 2)
     return merged
 
 
-def lead(logits: Tensor, gold: Tensor) -> Tensor:
-    """By how many nats the tokens `gold` (n) lead all others in logits (n, vocabulary); negative where they do not."""
-    best = logits.topk(2, dim=1)
-    own = logits.gather(1, gold.to(logits.device)[:, None])[:, 0]
-    rival = torch.where(best.indices[:, 0] == gold.to(logits.device), best.values[:, 1], best.values[:, 0])
-    return (own - rival).cpu()
+def _halves(count: int) -> set[int]:
+    """count/2, count/4, … 1, rounded up."""
+    halves = set()
+    while count > 1:
+        count = -(-count // 2)
+        halves.add(count)
+    return halves
+
+
+def _normed(gain: Tensor, output: Tensor) -> Tensor:
+    """An RMS norm's answer to outputs (n, d)."""
+    return gain * output / output.square().mean(1, keepdim=True).sqrt()
 
 
 @torch.no_grad()
@@ -374,10 +440,11 @@ def unsaid(network: nn.Module, examples: list[Example], **options: Any) -> list[
     """The examples whose completion the model, as it is, does not say safely: somewhere the token's lead is small."""
     gold = torch.tensor([token for e in examples for token in e.targets])
     answer = torch.tensor([k >= e.header for e in examples for k in range(e.taught)])
-    kept, wrong = [e.taught for e in examples], torch.empty(len(gold), dtype=torch.bool)
+    kept = [e.taught for e in examples]
 
-    def compare(order: Tensor, logits: Tensor, _: Tensor) -> None:
-        wrong[order] = (lead(logits, gold[order]) < SAFE) & answer[order]
+    def compare(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
+        short = lead(logits, gold[order].to(logits.device))[0].cpu() < SAFE
+        return {"wrong": short & answer[order]}
 
-    forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)
+    wrong = forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)["wrong"]
     return [i for i, part in enumerate(wrong.split(kept)) if bool(part.any())]

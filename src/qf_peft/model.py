@@ -22,8 +22,10 @@ from .loading import fit, hub_id, put_factors
 from .quantized import holds_floats, unpack
 from .rounding import rounded_change
 from .saving import read_statistics
+from .serving import ServingLock, between_lessons, changing, hold, lock_of, release
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
+from .stream import Writer
 
 logger = logging.get_logger(__name__)
 
@@ -45,15 +47,35 @@ class QFModel(LoraModel):
     It differs from [`LoraModel`] in that it finds its default target modules from the model's structure, checks the
     targets before it touches the model, starts every adapter at zero, keeps the adapter in the base model's dtype, and
     holds the statistics of what each adapter was taught (`taught`, by adapter name), which leave with the adapter.
+
+    Other threads may generate while the model is taught, adapters are combined, merged or deleted: `generate` and plain
+    forward passes run under the lock `serving`, and see the weights before or after. A loop that generates by its own
+    forward passes does so `with model.base_model.serving.generating():`.
     """
 
     taught: dict[str, TaughtAdapter]
     versions: dict[str, list[Version]]
+    writers: dict[str, Writer]
+    """By module name: how it reaches the residual stream, once that was measured."""
+    serving: ServingLock
     _combining = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.taught, self.versions = {}, {}
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        vars(self)["serving"] = lock_of(model)
+        super().__init__(model, *args, **kwargs)
+        self.taught, self.versions, self.writers = {}, {}, {}
+        hold(model, self.serving)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Under the lock, because the hooks that PEFT adds for `adapter_names` are met by whoever runs the model."""
+        with self.serving.generating(), super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    inject_adapter = changing(LoraModel.inject_adapter)
+    set_adapter = between_lessons(LoraModel.set_adapter)
+    enable_adapter_layers = between_lessons(LoraModel.enable_adapter_layers)
+    disable_adapter_layers = between_lessons(LoraModel.disable_adapter_layers)
 
     def _prepare_adapter_config(self, peft_config: QFConfig, model_config: Any) -> QFConfig:
         if peft_config.target_modules is None:
@@ -110,18 +132,23 @@ class QFModel(LoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave the factors in the base model's dtype: PEFT raises them to float32 for an optimizer's sake only."""
 
+    @changing
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; a change is not lost in the rounding of 16-bit weights (see `rounding.py`)."""
         with self._kept_in_rounding():
             super().merge_adapter(*args, **kwargs)
 
+    @changing
     def unmerge_adapter(self) -> None:
         with self._kept_in_rounding(sign=-1):
             super().unmerge_adapter()
 
+    @changing
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         with self._kept_in_rounding():
-            return super()._unload_and_optionally_merge(*args, **kwargs)
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
+        release(model)
+        return model
 
     @contextmanager
     def _kept_in_rounding(self, sign: int = 1) -> Iterator[None]:
@@ -147,6 +174,7 @@ class QFModel(LoraModel):
             for layer in layers:
                 del layer.get_delta_weight
 
+    @between_lessons
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._unpack()
         return super().state_dict(*args, **kwargs)
@@ -155,6 +183,7 @@ class QFModel(LoraModel):
         for module in self.model.modules():
             unpack(module)
 
+    @changing
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -236,6 +265,7 @@ class QFModel(LoraModel):
         delta = LowRankDelta(A=torch.cat(a), B=torch.cat(b, dim=1)).compressed(new_rank)
         return padded((delta.A, delta.B), new_rank)
 
+    @changing
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.taught.pop(adapter_name, None)
@@ -249,32 +279,35 @@ class QFModel(LoraModel):
 
     def factors(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
         """Copies of the adapter's factors A (r, d_in) and B (d_out, r) beside the module `name`."""
-        layer = self.layers(adapter_name)[name]
+        layer = self.model.get_submodule(name)
         return tuple(part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
 
     def delta(self, adapter_name: str, name: str) -> LowRankDelta:
         """The adapter's present change of the module `name`, float32."""
         a, b = self.factors(adapter_name, name)
-        return LowRankDelta(A=a.float(), B=b.float() * self.layers(adapter_name)[name].scaling[adapter_name])
+        return LowRankDelta(A=a.float(), B=b.float() * self.model.get_submodule(name).scaling[adapter_name])
 
-    def install(self, adapter_name: str, deltas: Mapping[str, LowRankDelta]) -> None:
+    @changing
+    def install(self, adapter_name: str, deltas: Mapping[str, LowRankDelta], even: bool = True) -> None:
         """Put changes into an adapter; its other modules keep theirs.
 
         All modules get one rank, so that the file is one that every reader of LoRA files takes: the config's `r`, or
-        where it grows the largest any module needs, with zeros added to the others.
+        where it grows the largest any module needs, with zeros added to the others. With `even=False` that is left to a
+        later call: the modules given have the ranks of their changes until then.
         """
         config, layers = self.peft_config[adapter_name], self.layers(adapter_name)
         cap = None if config.grows else config.r
         full = {name: d.compressed(cap) if cap and d.rank > cap else d for name, d in deltas.items()}
-        for name in layers.keys() - deltas.keys():
-            present = self.delta(adapter_name, name)
-            used = present.A.any(dim=1)
-            full[name] = LowRankDelta(A=present.A[used], B=present.B[:, used])
+        if even:
+            for name in layers.keys() - deltas.keys():
+                present = self.delta(adapter_name, name)
+                used = present.A.any(dim=1)
+                full[name] = LowRankDelta(A=present.A[used], B=present.B[:, used])
         rank = cap or max([1, *(delta.rank for delta in full.values())])
         factors = {}
         for name, delta in full.items():
             a, b = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
-            factors[name] = padded((delta.A.to(a), delta.B.to(b)), rank)
+            factors[name] = padded((delta.A.to(a), delta.B.to(b)), rank if even else max(1, cap or delta.rank))
         self.set_factors(adapter_name, factors)
 
     def clear(self, adapter_name: str) -> None:
@@ -286,6 +319,7 @@ class QFModel(LoraModel):
             {n: (a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)) for n, (a, b) in present.items()},
         )
 
+    @changing
     def set_factors(self, adapter_name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Replace the factors of every module of an adapter by those given, all of one rank."""
         layers = self.layers(adapter_name)
@@ -302,6 +336,7 @@ class QFModel(LoraModel):
             self.taught.get(adapter_name),
         )
 
+    @changing
     def restore(self, adapter_name: str, version: Version) -> None:
         """Make an adapter what it was, bit for bit."""
         self.set_factors(adapter_name, version.factors)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_ROWS, _COLUMNS = 4096, 4096  # of one block of a product
+_EXACT = 2048  # rows whose eigenvectors are soon found
 
 
 class SecondMoment:
@@ -43,15 +48,13 @@ class SecondMoment:
         weights = torch.as_tensor(weights, dtype=torch.float32, device=keys.device).expand(keys.shape[0])
         if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
             raise ValueError("a weight of a key is negative or not finite; expected numbers from 0 up")
-        rows = keys.float() * weights.sqrt()[:, None]
         self.count += keys.shape[0]
-        if self.root is not None and self.root.shape[0] + rows.shape[0] < self.width:
-            self.root = torch.cat([self.root.to(rows.device), rows])
+        if self.root is not None and self.root.shape[0] + keys.shape[0] < self.width:
+            self.root = torch.cat([self.root.to(keys.device), keys.float() * weights.sqrt()[:, None]])
             return self
-        if self.matrix is None:
-            old = self.root.to(rows.device).double()
-            self.matrix, self.root = old.T @ old, None
-        self.matrix = self.matrix.to(rows.device, torch.float64).add_(rows.T @ rows)
+        self._as_matrix(keys.device)
+        for part in row_blocks(keys.shape[0]):
+            add_gram(self.matrix, keys[part].float() * weights[part].sqrt()[:, None])
         return self
 
     def add(self, other: SecondMoment) -> SecondMoment:
@@ -59,10 +62,8 @@ class SecondMoment:
         if other.root is not None:
             self.update(other.root)
         else:
-            if self.matrix is None:
-                root = self.root.to(other.matrix.device).double()
-                self.matrix, self.root = root.T @ root, None
-            self.matrix = self.matrix.double() + other.matrix.to(self.matrix.device).double()
+            self._as_matrix(other.matrix.device)
+            self.matrix += other.matrix.to(self.matrix.device)
         self.count += other.count - (other.root.shape[0] if other.root is not None else 0)
         self.floor += other.floor
         return self
@@ -79,18 +80,27 @@ class SecondMoment:
         itself.
 
         What the next largest eigenvalue δ says was lost at most is taken off those kept, and half of it added to the
-        `floor`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2.
+        `floor`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2. Of more
+        than 2,048 rows, and four times `rank`, the directions are found by random projections (Halko et al., arXiv
+        0909.4061), and the error is up to about δ.
         """
         if self.width <= rank or (self.root is not None and self.root.shape[0] <= rank):
             self.matrix = None if self.matrix is None else self.matrix.float()
             return self
-        if self.root is not None:
+        whole = self.root if self.root is not None else self.matrix
+        if whole.shape[0] > max(4 * rank, _EXACT):
+            with torch.random.fork_rng(devices=[whole.device] if whole.is_cuda else []):
+                torch.manual_seed(0)
+                _, values, vectors = torch.svd_lowrank(whole.float(), q=rank + 8, niter=2)
+            values = (values.square() if self.root is not None else values).flip(0).double()
+            rows = vectors.T.flip(0) * values.sqrt()[:, None]
+        elif self.root is not None:
             root = self.root.double()
             values, vectors = torch.linalg.eigh(root @ root.T)
             rows = vectors.T @ root
         else:
-            values, rows = torch.linalg.eigh(self.matrix.double())
-            rows = rows.T * values.clamp(min=0).sqrt()[:, None]
+            values, vectors = torch.linalg.eigh(self.matrix.double())
+            rows = vectors.T * values.clamp(min=0).sqrt()[:, None]
         lost, top = values[-rank - 1].clamp(min=0), values[-rank:].clamp(min=1e-300)
         self.root = (rows[-rank:] * ((top - lost).clamp(min=0) / top).sqrt()[:, None]).float()
         self.matrix = None
@@ -110,3 +120,29 @@ class SecondMoment:
         if self.matrix is not None:
             return ((v @ self.matrix.double()) * v).sum(1)
         return (v @ self.root.double().T).square().sum(1)
+
+    def _as_matrix(self, device: torch.device) -> None:
+        """Go over from the rows to the matrix."""
+        if self.matrix is not None:
+            self.matrix = self.matrix.to(device, torch.float64)
+            return
+        root, self.root = self.root.to(device), None
+        self.matrix = torch.zeros(self.width, self.width, dtype=torch.float64, device=device)
+        for part in row_blocks(root.shape[0]):
+            add_gram(self.matrix, root[part])
+
+
+def row_blocks(count: int, size: int = _ROWS) -> Iterator[slice]:
+    """Slices of at most so many rows."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def add_gram(matrix: Tensor, rows: Tensor) -> None:
+    """Add Kᵀ K of rows K (n, d) to a matrix (d, d) in place: products in the rows' dtype, sums over calls in the
+    matrix's. Of a wide matrix only the blocks on and above the diagonal are computed; the rest mirrors them."""
+    width = matrix.shape[0]
+    for part in row_blocks(width, _COLUMNS):
+        product = rows[:, part].T @ rows[:, part.start :]
+        matrix[part, part.start :] += product
+        if part.stop < width:
+            matrix[part.stop :, part] = matrix[part, part.stop :].T

@@ -22,6 +22,7 @@ from .blocks import find_blocks, linear_shape, split_path
 from .checks import portable_adapter
 from .model import padded
 from .portable_check import LARGEST_RANK, SMALLEST_RANK, is_allowed
+from .processes import by_main
 from .solve import LowRankDelta
 
 logger = logging.get_logger(__name__)
@@ -31,6 +32,7 @@ MLX_WEIGHTS_NAME = "adapters.safetensors"
 _MLX_BLOCKS = {"gpt2": "model.h", "gpt_neox": "model.h"}
 
 
+@by_main
 @torch.no_grad()
 def save_as_lora(
     model: PeftModel,

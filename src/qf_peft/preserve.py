@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .capture import Point, forward_pass
 from .generation import generate
+from .processes import check_alike, exchange, writes_cache
 from .quantized import sample
 from .rows import Encoder, Row, Text, read_messages
 
@@ -28,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 _FORMAT = 2
 _ANSWER_TOKENS = 64  # as much of an answer as is kept
+_WRITING_TOKENS = 4096  # at once; what is sampled depends on it
 _MOST_KEYS = 8192  # of one module; more are thinned out evenly
 
 # For models that write no user turns of their own.
@@ -112,7 +114,7 @@ def read_preserve_dataset(dataset: Iterable[Any]) -> list[Chat]:
 
 
 def write_chats(
-    network: nn.Module, encoder: Encoder, count: int, batch_size: int, seed: int, progress: Callable[[int], None]
+    network: nn.Module, encoder: Encoder, count: int, seed: int, progress: Callable[[int], None]
 ) -> list[Chat]:
     """User turns that the model writes itself, sampled after the template's user header (Magpie, arXiv 2406.08464).
 
@@ -128,7 +130,7 @@ def write_chats(
             encoder.tokenizer,
             [opening] * wanted,
             max_new_tokens=_ANSWER_TOKENS,
-            batch_size=batch_size,
+            batch_tokens=_WRITING_TOKENS,
             sample_seed=seed,
             progress=progress,
         )
@@ -146,7 +148,7 @@ def preserved_keys(
     own: int = 0,
     *,
     starts_only: bool = False,
-    batch_size: int,
+    batch_tokens: int,
     seed: int,
     cache_dir: str | Path | None,
     progress: Callable[[int], None] = lambda n: None,
@@ -160,7 +162,7 @@ def preserved_keys(
         chats: what to preserve. Those without an answer are answered by the model.
         own: how many chats the model shall write itself besides.
         starts_only: keep only the keys at the steps where answers begin, by which the nearest chats are found.
-        batch_size: rows at once.
+        batch_tokens: tokens at once, padding included.
         seed: of the chats it writes itself.
         cache_dir: a folder; by default `qf_peft` in Hugging Face's cache.
         progress: called with the number of chats done.
@@ -176,14 +178,16 @@ def preserved_keys(
     ).hexdigest()
     folder = Path(cache_dir) if cache_dir is not None else Path(constants.HF_HOME) / "qf_peft"
     path = folder / f"preserved-{identity[:32]}.safetensors"
+    check_alike(lambda: {"model, or other chats to be preserved": identity})
     cached = _read(path, identity, sorted(modules))
-    if cached is not None:
+    if all(exchange(cached is not None)):
         return cached
     if own:
-        chats = [*chats, *write_chats(network, encoder, own, batch_size, seed, progress)]
-    preserved = _measure(network, encoder, modules, chats, starts_only, batch_size, progress)
+        chats = [*chats, *write_chats(network, encoder, own, seed, progress)]
+    preserved = _measure(network, encoder, modules, chats, starts_only, batch_tokens, progress)
     try:
-        _write(path, identity, preserved)
+        if writes_cache():
+            _write(path, identity, preserved)
     except OSError as error:  # a full disk or a folder that cannot be written costs the cache, not the lesson
         logger.warning(f"the preserved keys could not be cached in {folder}: {error}")
     return preserved
@@ -195,7 +199,7 @@ def _measure(
     modules: Mapping[str, nn.Module],
     chats: list[Chat],
     starts_only: bool,
-    batch_size: int,
+    batch_tokens: int,
     progress: Callable[[int], None],
 ) -> Preserved:
     rows = [Row(i, "", c.prompt, c.completion) if c.text is None else None for i, c in enumerate(chats)]
@@ -205,7 +209,7 @@ def _measure(
         encoder.tokenizer,
         [encoder.prompt_ids(row, instructed=False) for row in silent],
         max_new_tokens=_ANSWER_TOKENS,
-        batch_size=batch_size,
+        batch_tokens=batch_tokens,
         progress=progress,
     )
     answered = {row.index: answer for row, answer in zip(silent, answers, strict=True)}
@@ -235,7 +239,7 @@ def _measure(
         sequences,
         kept,
         points,
-        batch_size=batch_size,
+        batch_tokens=batch_tokens,
         pad_id=encoder.tokenizer.pad_token_id,
         progress=progress,
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .capture import Point
 from .model import QFModel
 from .preserve import Chat, Preserved, answer_starts, nearest, preserved_keys
+from .processes import exchange
 from .rows import Encoder
 from .training_args import QFTrainingArguments
 from .walk import Walk
@@ -27,14 +28,14 @@ class PreservedWalk:
     The nearest chats' are measured again behind every edited block; the others' are those of the base weights.
     """
 
-    def __init__(self, lesson: Lesson, taught: Tensor, few: bool) -> None:
+    def __init__(self, lesson: Lesson, taught: Tensor) -> None:
         """`taught`: (examples, d_in), the examples' keys at the middle module where their answers begin."""
         preserved, self.lesson = lesson.preserved, lesson
         self.first, name = lesson.names[0], middle(lesson.names)
         taught = taught.cpu()
         starts = preserved.keys[name][answer_starts(preserved.kept)]
-        count = 0 if few else lesson.args.remeasure * len(lesson.examples)
-        again = sorted(nearest(starts, taught, count))
+        count = 0 if lesson.few or lesson.again else lesson.args.remeasure * len(lesson.examples)
+        again = exchange(sorted(nearest(starts, taught, count)))[0]
         mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
         mask[again] = True
         self.still = ~mask[preserved.owners]
@@ -42,7 +43,7 @@ class PreservedWalk:
         if lesson.contrast is not None:
             count = contrast_count(len(lesson.examples), lesson.earlier, len(lesson.contrast.kept))
             prompts = {tuple(e.bare_ids[: len(e.bare_ids) - e.taught + e.header]) for e in lesson.examples}
-            for i in nearest(lesson.contrast.keys[name], taught, count):
+            for i in exchange(nearest(lesson.contrast.keys[name], taught, count))[0]:
                 ids, answer = lesson.contrast.sequences[i], lesson.contrast.kept[i]
                 if tuple(ids[: len(ids) - answer]) not in prompts:
                     sequences.append(ids)
@@ -52,7 +53,7 @@ class PreservedWalk:
             options = {**lesson.options, "progress": lambda n: None}
             index = lesson.index[self.first]
             self.walk = Walk(lesson.network, lesson.blocks, index, sequences, kept, **options)
-            self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")})["keys"]
+            self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")}, index)["keys"]
 
     def keys(self, name: str) -> Tensor:
         """(m, d_in) float32."""
@@ -94,7 +95,7 @@ def preserved_chats(
         return None, None
     contrast, layers = None, tuner.layers(adapter)
     options = {
-        "batch_size": args.per_device_train_batch_size, "seed": args.seed, "cache_dir": args.cache_dir,
+        "batch_tokens": args.batch_tokens, "seed": args.seed, "cache_dir": args.cache_dir,
         "progress": progress,
     }  # fmt: skip
     own = 0 if chats is not None else args.preserve_chats

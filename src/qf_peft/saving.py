@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from .ledger import from_lines, to_lines
 from .moments import SecondMoment
+from .processes import by_main
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter, TaughtTokens
 
@@ -38,11 +39,37 @@ _UNFINISHED = ".qf_saving-"  # one that is still being written, or was broken of
 
 
 def save_at_once() -> None:
-    """Let `PeftModel.save_pretrained` of a QF adapter write all its files or none, and the ledger with them.
+    """Let `PeftModel.save_pretrained` of a QF adapter write all its files or none, and the ledger with them; of several
+    processes the main one writes.
 
     PEFT has no place where a tuner could, so the method is wrapped; for adapters of other types it is what it was.
     """
     saved = getattr(PeftModel.save_pretrained, "before_qf_peft", PeftModel.save_pretrained)
+
+    @by_main
+    def save(self: PeftModel, save_directory: str | os.PathLike, names: list[str], *args: Any, **options: Any) -> None:
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for broken in target.glob(f"**/{_UNFINISHED}*"):
+            shutil.rmtree(broken, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=_UNFINISHED) as temporary:
+            if (target / "README.md").is_file():  # whose text is kept
+                shutil.copy(target / "README.md", temporary)
+            with self.base_model.serving.generating():  # the weights and what is known of them are of one time
+                saved(self, temporary, *args, **options)
+                for name in names:
+                    folder = Path(temporary, name if name != "default" else "")
+                    taught = self.base_model.taught.get(name)
+                    if taught is not None and self.peft_config[name].keep_statistics:
+                        layers = self.base_model.layers(name)
+                        factors = {module: self.base_model.factors(name, module) for module in layers}
+                        if all(taught.holds(module, pair) for module, pair in factors.items()):
+                            write_statistics(folder, taught, factors)
+            for name in sorted(names, key=lambda name: name == "default"):
+                _take_over(Path(temporary, name if name != "default" else ""), _folder(target, name))
+            if "default" not in names:
+                for path in Path(temporary).glob("*.md"):
+                    path.replace(target / path.name)
 
     @functools.wraps(saved)
     def save_pretrained(self: PeftModel, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
@@ -51,27 +78,7 @@ def save_at_once() -> None:
         main = options.get("is_main_process", True)
         if kinds != {"QF"} or not main or Path(save_directory).is_file():
             return saved(self, save_directory, *args, **options)
-        target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        for broken in target.glob(f"**/{_UNFINISHED}*"):
-            shutil.rmtree(broken, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=_UNFINISHED) as temporary:
-            if (target / "README.md").is_file():  # whose text is kept
-                shutil.copy(target / "README.md", temporary)
-            saved(self, temporary, *args, **options)
-            for name in names:
-                folder = Path(temporary, name if name != "default" else "")
-                taught = self.base_model.taught.get(name)
-                if taught is not None and self.peft_config[name].keep_statistics:
-                    layers = self.base_model.layers(name)
-                    factors = {module: self.base_model.factors(name, module) for module in layers}
-                    if all(taught.holds(module, pair) for module, pair in factors.items()):
-                        write_statistics(folder, taught, factors)
-            for name in sorted(names, key=lambda name: name == "default"):
-                _take_over(Path(temporary, name if name != "default" else ""), _folder(target, name))
-            if "default" not in names:
-                for path in Path(temporary).glob("*.md"):
-                    path.replace(target / path.name)
+        return save(self, save_directory, names, *args, **options)
 
     save_pretrained.before_qf_peft = saved
     PeftModel.save_pretrained = save_pretrained

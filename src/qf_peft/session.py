@@ -148,7 +148,11 @@ class Session:
         ids, tokens = self._asked(prompt, instruction, max_new_tokens)
         with self._at_work(adapter):
             answers = generate(
-                self._network, self.trainer.encoder.tokenizer, [ids], max_new_tokens=tokens, batch_size=1
+                self._network,
+                self.trainer.encoder.tokenizer,
+                [ids],
+                max_new_tokens=tokens,
+                batch_tokens=self.args.batch_tokens,
             )
         return answers[0][0]
 

@@ -4,19 +4,40 @@ Notation, for a module with weight W (d_out × d_in): the rows of `keys` Y (n ×
 positions, the rows of `residual` R (n × d_out) what its outputs there should change by, `significance` s (n) how much
 each row counts. The change sought is ΔW (d_out × d_in) with ΔW y_i ≈ r_i.
 
-Factorisations are done in float64: they are small, and nearly equal keys are the rule, not the exception.
+Factorisations are done in float64: they are small, and nearly equal keys are the rule, not the exception. What is as
+long as the tokens is gone through in blocks of rows, so that keys may lie in a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .moments import SecondMoment
+from .moments import SecondMoment, add_gram, row_blocks
+
+_LARGE = 2048  # rows of a Gram matrix whose eigenvectors take too long
+
+
+@dataclass(frozen=True)
+class TaughtTokens:
+    """The rows of one module's least squares, one a taught position."""
+
+    keys: Tensor
+    """(n, d_in) float32: the module's inputs in the bare pass."""
+    residual: Tensor
+    """(n, d_out) float32: what the module's outputs should change by, measured from the base weights."""
+    significance: Tensor
+    """(n) float32: how much each row counts."""
+
+    def __add__(self, other: TaughtTokens) -> TaughtTokens:
+        return TaughtTokens(
+            torch.cat([self.keys, other.keys]),
+            torch.cat([self.residual, other.residual]),
+            torch.cat([self.significance, other.significance]),
+        )
 
 
 @dataclass(frozen=True)
@@ -58,22 +79,32 @@ class LowRankDelta:
         """The nearest change (in Frobenius norm) of at most `rank`, with factors of equal norm; or the one of least
         rank that is at most `tolerance` away.
 
-        From the singular values of B A, found without forming it: QR of each factor, SVD of the small core. Singular
-        values below float32's rounding of the largest are dropped in any case.
+        From the singular values of B A, found without forming it where it is larger than its factors: QR of B, and the
+        eigenvectors of the small core's Gram matrix. Singular values below float32's rounding of the largest are
+        dropped in any case.
         """
         if self.rank == 0:
             return self
-        q_in, r_in = torch.linalg.qr(self.A.double().T)
-        q_out, r_out = torch.linalg.qr(self.B.double())
-        u, s, vh = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+        a, b = self.A.double(), self.B.double()
+        if b.shape[1] >= b.shape[0]:  # more directions than outputs
+            core, basis = b @ a, None
+        else:
+            basis, core = torch.linalg.qr(b)
+            core = core @ a
+        gram = core @ core.T
+        if tolerance and len(gram) > _LARGE:  # what is dropped hides float32's rounding, which is several times faster
+            values, u = (part.double() for part in torch.linalg.eigh(gram.float()))
+        else:
+            values, u = torch.linalg.eigh(gram)
+        s, u = values.clamp(min=0).sqrt().flip(0), u.flip(1)
         keep = int((s > s[0] * torch.finfo(torch.float32).eps).sum())
         dropped = s.square().flip(0).cumsum(0).flip(0).sqrt()  # dropped[k]: the norm lost if k are kept
         keep = min(keep, max(1, int((dropped > tolerance).sum())))
         keep = keep if rank is None else min(keep, rank)
-        root = s[:keep].sqrt()
+        u, root = u[:, :keep], s[:keep].sqrt()
         return LowRankDelta(
-            A=((root[:, None] * vh[:keep]) @ q_in.T).to(self.A.dtype),
-            B=((q_out @ u[:, :keep]) * root).to(self.B.dtype),
+            A=((u.T @ core) / root[:, None]).to(self.A.dtype),
+            B=((u if basis is None else basis @ u) * root).to(self.B.dtype),
         )
 
 
@@ -81,9 +112,11 @@ def minimum_norm(keys: Tensor, residual: Tensor, significance: Tensor | None = N
     """The smallest ΔW among those that minimise Σ_i s_i ‖ΔW y_i − r_i‖².
 
     ΔW = (√S R)ᵀ (√S Y)⁺ᵀ, which for equal weights is Rᵀ (Y Yᵀ)⁺ Y: the solve of QF (arXiv 2507.04300), there written
-    W' = W − [W(Y−X) − B](YᵀY)⁻¹Yᵀ with keys as columns. From the eigenvectors of the smaller of the two Gram matrices
-    (n × n or d_in × d_in); directions in which the keys are zero to the precision they came in are left alone, as by a
-    pseudo-inverse.
+    W' = W − [W(Y−X) − B](YᵀY)⁻¹Yᵀ with keys as columns. From the smaller of the two Gram matrices G (n × n or
+    d_in × d_in): its eigenvectors, without the directions in which the keys are zero to the precision they came in, as
+    a pseudo-inverse does; a G of more than 2,048 rows by Cholesky factors of G + δ I, with δ at that precision, and
+    three steps of iterative refinement (iterated Tikhonov regularisation), which leaves (δ / (δ + σ²))⁴ of the part
+    along a singular value σ.
 
     Args:
         keys: Y, (n, d_in).
@@ -91,27 +124,35 @@ def minimum_norm(keys: Tensor, residual: Tensor, significance: Tensor | None = N
         significance: s, (n), ≥ 0; by default 1 for every row.
 
     Returns:
-        Factors of equal norm and rank ≤ min(n, d_in, d_out), in float32 (float64 if the keys are).
+        Factors of rank ≤ min(n, d_in, d_out), in float32 (float64 if the keys are).
 
     Raises:
         ValueError: shapes do not agree, or a value is not finite or a weight negative.
     """
-    y, r = _weighted(keys, residual, significance)
+    root, kept = _checked(keys, residual, significance)
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    if y.shape[0] <= y.shape[1]:
-        values, vectors = torch.linalg.eigh(y @ y.T)
-        rows = vectors.T @ y
+    n, width = int(kept.sum()), keys.shape[1]
+    y, r = keys if n == len(keys) else keys[kept], residual if n == len(keys) else residual[kept]
+    root = root[kept, None]
+    # A singular value of Y is noise below the usual tolerance of a rank, d_in · eps · the largest.
+    noise = (width * torch.finfo(dtype).eps) ** 2
+    if n <= width:
+        gram = y.new_zeros(n, n, dtype=torch.float64)
+        for part in row_blocks(width):
+            block = y[:, part].double() * root
+            gram += block @ block.T
+        weights, wide = _pseudo_solve(gram, r.double() * root, noise) * root, None
+        if r.shape[1] <= n:  # d_out × d_in is smaller than n × d_in
+            wide = sum_of_products(weights, y)
+        delta = LowRankDelta(A=y.double(), B=weights.T) if wide is None else _rows(wide)
     else:
-        values, vectors = torch.linalg.eigh(y.T @ y)
-        rows = vectors.T * values.clamp(min=0).sqrt()[:, None]
-        vectors = None
-    # A singular value of Y is noise below the usual tolerance of a rank, max(n, d_in) · eps · the largest.
-    noise = (max(y.shape) * torch.finfo(dtype).eps) ** 2
-    kept = values > noise * values.max() if values.numel() and values.max() > 0 else torch.zeros_like(values).bool()
-    scale = values[kept].rsqrt()
-    a = scale[:, None] * rows[kept]
-    b = r.T @ (vectors[:, kept] * scale) if vectors is not None else (r.T @ (y @ a.T)) * scale.square()
-    return LowRankDelta(A=a, B=b).compressed().to(dtype)
+        gram, cross = y.new_zeros(width, width, dtype=torch.float64), 0.0
+        for part in row_blocks(n):
+            block = y[part].double() * root[part]
+            add_gram(gram, block)
+            cross = cross + block.T @ (r[part].double() * root[part])
+        delta = _rows(_pseudo_solve(gram, cross, noise).T)
+    return (delta if min(n, width) > _LARGE and delta.rank == r.shape[1] else delta.compressed()).to(dtype)
 
 
 def preserving(
@@ -121,15 +162,10 @@ def preserving(
     strength: float,
     ridge: float,
     significance: Tensor | None = None,
-    form: Literal["auto", "dual", "primal"] = "auto",
 ) -> LowRankDelta:
     """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ) with P = λ C + ε I.
 
-    The least squares of ROME and MEMIT (arXiv 2202.05262, 2210.07229) with QF's residual. Equal in exact arithmetic:
-
-    - primal: ΔW = Rᵀ S Y (Yᵀ S Y + P)⁻¹, one Cholesky factorisation of d_in × d_in;
-    - dual: ΔW = Rᵀ √S (√S Y P⁻¹ Yᵀ √S + I)⁻¹ √S Y P⁻¹, one of n × n, where P⁻¹ Yᵀ needs only m × m if C is the moment
-      of m < d_in keys (Woodbury's identity).
+    The least squares of ROME and MEMIT (arXiv 2202.05262, 2210.07229) with QF's residual; see [`beside`].
 
     Args:
         keys: Y, (n, d_in).
@@ -138,42 +174,68 @@ def preserving(
         strength: λ ≥ 0, the weight of preservation.
         ridge: ε > 0, the weight of ‖ΔW‖² itself.
         significance: s, (n), ≥ 0; by default 1 for every row.
-        form: which of the two; "auto" takes the cheaper.
 
     Returns:
-        Factors of equal norm and rank ≤ min(n, d_in, d_out), in float32 (float64 if the keys are).
+        Factors of equal norm and rank ≤ min(n, d_in, d_out), in float32.
 
     Raises:
         ValueError: shapes do not agree, a value is not finite, a weight or λ negative, or ε not positive.
     """
-    y, r = _weighted(keys, residual, significance)
-    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    n, width = y.shape
-    if moment.width != width:
-        raise ValueError(f"the moment is of keys of width {moment.width}; the keys taught have width {width}")
     if not strength >= 0:
         raise ValueError(f"strength={strength!r}; expected a number from 0 up")
-    if not ridge > 0:
-        raise ValueError(f"ridge={ridge!r}; expected a positive number (use minimum_norm for none)")
-    if form == "auto":
-        small = moment.root is not None and n + moment.root.shape[0] < width
-        form = "dual" if small else "primal"
-    if form == "dual":
-        a = _apply_inverse(moment, strength, ridge, y)
-        kernel = a @ y.T
-        kernel.diagonal().add_(1.0)
-        b = torch.cholesky_solve(r, torch.linalg.cholesky(kernel)).T
-    elif form == "primal":
-        system = _dense(moment, y) * strength + y.T @ y
-        system.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(system)
-        if n <= r.shape[1]:
-            a, b = torch.cholesky_solve(y.T, factor).T, r.T
-        else:  # more tokens than outputs: the product Rᵀ S Y first
-            a, b = torch.cholesky_solve(y.T @ r, factor).T, torch.eye(r.shape[1], dtype=y.dtype, device=y.device)
+    bound = moment.copy()
+    if bound.root is not None:
+        bound.root = bound.root * strength**0.5
     else:
-        raise ValueError(f"form={form!r}; expected 'auto', 'dual' or 'primal'")
-    return LowRankDelta(A=a, B=b).compressed().to(dtype)
+        bound.matrix *= strength
+    bound.floor = ridge
+    given = torch.ones(len(keys), device=keys.device) if significance is None else significance
+    return beside(bound, TaughtTokens(keys, residual, given)).compressed().to(torch.float32)
+
+
+def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
+    """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ), where P is `bound`, its floor ε on the diagonal;
+    and P + Yᵀ S Y in `bound`: one step of recursive least squares.
+
+    With Q = P + Yᵀ S Y this is ΔW = Rᵀ S Y Q⁻¹, by one Cholesky factorisation, of the cheaper form:
+
+    - primal: of Q, d_in × d_in;
+    - dual, where P = Kᵀ K + ε I has m rows and m + n < d_in: with the rows √s y put behind K, and √s r behind zeros as
+      the rows of Z, ΔW = Zᵀ (K Kᵀ + ε I)⁻¹ K, of (m + n) × (m + n).
+
+    Args:
+        bound: P, with ε > 0 in its `floor`; updated in place.
+        parts: the rows of Y, R and s, in one part or several.
+
+    Returns:
+        Factors of rank ≤ min(m + n, d_out) in float64, not compressed.
+
+    Raises:
+        ValueError: shapes do not agree, a value is not finite, a weight negative, or ε not positive.
+    """
+    for rows in parts:
+        _checked(rows.keys, rows.residual, rows.significance)
+        if bound.width != rows.keys.shape[1]:
+            width = rows.keys.shape[1]
+            raise ValueError(f"the moment is of keys of width {bound.width}; the keys taught have width {width}")
+    if not bound.floor > 0:
+        raise ValueError(f"ridge={bound.floor!r}; expected a positive number (use minimum_norm for none)")
+    for rows in parts:
+        bound.update(rows.keys, rows.significance)
+    outs = parts[0].residual.shape[1]
+    if bound.root is not None:
+        keys = bound.root.double()
+        gram = keys @ keys.T
+        gram.diagonal().add_(bound.floor)
+        wanted = torch.cat([rows.residual.double() * rows.significance.double().sqrt()[:, None] for rows in parts])
+        wanted = torch.cat([wanted.new_zeros(len(keys) - len(wanted), outs), wanted])
+        weights = torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))
+        return _rows(weights.T @ keys) if outs <= len(keys) else LowRankDelta(A=keys, B=weights.T)
+    system = bound.matrix.clone()
+    system.diagonal().add_(bound.floor)
+    factor = torch.linalg.cholesky(system, out=system)
+    cross = sum(sum_of_products(rows.residual, rows.keys, rows.significance) for rows in parts)
+    return _rows(torch.cholesky_solve(cross.T, factor).T)
 
 
 def null_space(
@@ -218,7 +280,9 @@ def null_space(
         half = projected(bound.matrix.to(keys.device))
         inside.root, inside.matrix = None, projected(half.T)
     y = projected(keys).to(keys.dtype)
-    return preserving(y, residual, inside, 1.0, bound.floor, significance)
+    inside.floor = bound.floor
+    given = torch.ones(len(y), device=y.device) if significance is None else significance
+    return beside(inside, TaughtTokens(y, residual, given)).compressed().to(torch.float32)
 
 
 def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> LowRankDelta:
@@ -255,25 +319,67 @@ def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> L
     return LowRankDelta(A=a, B=torch.cat([delta.B.double() for delta in deltas], dim=1)).compressed().to(torch.float32)
 
 
-def _weighted(keys: Tensor, residual: Tensor, significance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """√S Y and √S R in float64, without the rows of weight 0."""
+def sum_of_products(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ_i w_i l_i r_iᵀ over the rows of two matrices (n, p) and (n, q): (p, q) float64, without copies of either.
+
+    Products are in float32 (float64 where `left` is), sums over blocks of rows in float64.
+    """
+    dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    for part in row_blocks(len(left)):
+        rows = left[part].to(dtype)
+        rows = rows if weights is None else rows * weights[part, None].to(dtype)
+        total += rows.T @ right[part].to(dtype)
+    return total
+
+
+def _rows(dense: Tensor) -> LowRankDelta:
+    """A change of full rank d_out: A is the change itself."""
+    return LowRankDelta(A=dense, B=torch.eye(len(dense), dtype=dense.dtype, device=dense.device))
+
+
+def _pseudo_solve(gram: Tensor, wanted: Tensor, noise: float) -> Tensor:
+    """G⁺ Z of a positive semidefinite G (k, k) and Z (k, m); eigenvalues below `noise` of the largest count as 0."""
+    if len(gram) <= _LARGE:
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > noise * values.max() if values.numel() and values.max() > 0 else torch.zeros_like(values).bool()
+        vectors, values = vectors[:, kept], values[kept]
+        return vectors @ ((vectors.T @ wanted) / values[:, None])
+    shift = noise * _largest_eigenvalue(gram)
+    shifted = gram.clone()
+    shifted.diagonal().add_(shift)
+    factor = torch.linalg.cholesky(shifted, out=shifted)
+    solution = torch.cholesky_solve(wanted, factor)
+    for _ in range(3):
+        solution += torch.cholesky_solve(wanted - gram @ solution, factor)
+    return solution
+
+
+def _largest_eigenvalue(matrix: Tensor) -> float:
+    """Of a positive semidefinite matrix, to a few percent, by power iteration."""
+    vector = torch.ones(len(matrix), 1, dtype=matrix.dtype, device=matrix.device)
+    for _ in range(20):
+        vector = matrix @ (vector / vector.norm().clamp(min=1e-300))
+    return float(vector.norm())
+
+
+def _checked(keys: Tensor, residual: Tensor, significance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """√s (n) float64, and which rows count (n)."""
     if keys.ndim != 2 or residual.ndim != 2 or keys.shape[0] != residual.shape[0]:
         raise ValueError(
             f"keys {tuple(keys.shape)} and residual {tuple(residual.shape)}; expected (n, d_in) and (n, d_out)"
         )
     for name, values in (("keys", keys), ("residual", residual)):
-        if not bool(torch.isfinite(values).all()):
+        if not all(bool(torch.isfinite(values[part]).all()) for part in row_blocks(len(values))):
             raise ValueError(f"{name} hold values that are not finite")
     if significance is None:
-        return keys.double(), residual.double()
+        significance = keys.new_ones(len(keys))
     s = significance.to(keys.device).double()
     if s.shape != keys.shape[:1]:
         raise ValueError(f"significance has shape {tuple(s.shape)}; expected ({keys.shape[0]},)")
     if not bool(torch.isfinite(s).all()) or bool((s < 0).any()):
         raise ValueError("significance has a value that is negative or not finite; expected numbers from 0 up")
-    kept = s > 0
-    root = s[kept].sqrt()[:, None]
-    return keys[kept].double() * root, residual[kept].double() * root
+    return s.sqrt(), s > 0
 
 
 def _dense(moment: SecondMoment, like: Tensor) -> Tensor:

@@ -10,26 +10,7 @@ from torch import Tensor
 
 from .ledger import Entry
 from .moments import SecondMoment
-from .solve import LowRankDelta
-
-
-@dataclass(frozen=True)
-class TaughtTokens:
-    """The rows of one module's least squares, one a taught position."""
-
-    keys: Tensor
-    """(n, d_in) float32: the module's inputs in the bare pass."""
-    residual: Tensor
-    """(n, d_out) float32: what the module's outputs should change by, measured from the base weights."""
-    significance: Tensor
-    """(n) float32: how much each row counts."""
-
-    def __add__(self, other: TaughtTokens) -> TaughtTokens:
-        return TaughtTokens(
-            torch.cat([self.keys, other.keys]),
-            torch.cat([self.residual, other.residual]),
-            torch.cat([self.significance, other.significance]),
-        )
+from .solve import LowRankDelta, TaughtTokens
 
 
 @dataclass(frozen=True)

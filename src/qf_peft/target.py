@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .processes import dealt, join
 from .stream import is_rms, norm_gain
 
 _CHUNK = 2**24  # logits held at once
@@ -32,6 +33,8 @@ class Unembedding:
     """Whether the norm subtracts the mean (LayerNorm)."""
     scale: float
     """What the model multiplies its logits by afterwards."""
+    cap: float | None
+    """The bound that its logits are squashed to afterwards (Gemma 2), if any."""
 
     @classmethod
     @torch.no_grad()
@@ -57,15 +60,20 @@ class Unembedding:
             config = network.config.get_text_config() if hasattr(network.config, "get_text_config") else network.config
             scale = getattr(config, "logit_scale", None) or 1.0
             scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+            cap = getattr(config, "final_logit_softcapping", None)
             if is_rms(norm, stream[:8]):
-                return cls(norm, head, norm_gain(norm, stream), False, scale)
+                return cls(norm, head, norm_gain(norm, stream), False, scale, cap)
             if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
-                return cls(norm, head, norm.weight.detach().float(), True, scale)
+                return cls(norm, head, norm.weight.detach().float(), True, scale, cap)
         return None
 
     def logits(self, stream: Tensor) -> Tensor:
         """(n, vocabulary) float32, before any capping."""
         return self.head(self.norm(stream.to(self.head.weight.dtype))).float() * self.scale
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """The log-probabilities that the model would give with these `logits`."""
+        return (logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)).log_softmax(-1)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """The unembedding's rows of tokens (…): (…, d) float32."""
@@ -87,68 +95,133 @@ def chunks(count: int, vocabulary: int) -> Iterator[slice]:
 def lead(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     """By how much the gold token's logit exceeds the best other one, and that other token: (n), (n)."""
     own = logits.gather(1, gold[:, None])[:, 0]
-    top, other = logits.scatter(1, gold[:, None], -torch.inf).max(1)
-    return own - top, other
+    best = logits.topk(min(2, logits.shape[1]), dim=1)
+    second = best.indices[:, 0] == gold
+    rival = torch.where(second, best.values[:, -1], best.values[:, 0])
+    return own - rival, torch.where(second, best.indices[:, -1], best.indices[:, 0])
 
 
-def force(unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float, steps: int = 8) -> Tensor:
-    """The nearest states to `stream` (n, d) at which each gold token leads by `margin` nats: (n, d).
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities (n, vocabulary), in nats: (n)."""
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read off predictions at n positions."""
+
+    divergence: Tensor
+    """(n): KL(context ‖ bare), in nats."""
+    read: Tensor
+    """(n): the token that is likeliest in context."""
+    lead: Tensor
+    """(n): by how many nats the gold token leads all others in the bare pass; negative where it does not."""
+
+    @classmethod
+    def empty(cls, count: int) -> Reading:
+        return cls(torch.empty(count), torch.empty(count, dtype=torch.long), torch.empty(count))
+
+    @classmethod
+    def of(cls, context: Tensor, bare: Tensor, gold: Tensor) -> Reading:
+        """Read log-probabilities in context and bare, (n, vocabulary) each."""
+        values = divergence(context, bare), context.argmax(-1), lead(bare, gold.to(bare.device))[0]
+        return cls(*(value.cpu() for value in values))
+
+    def note(self, part: slice, context: Tensor, bare: Tensor, gold: Tensor) -> None:
+        """Read some of the positions."""
+        for name, values in vars(Reading.of(context, bare, gold)).items():
+            getattr(self, name)[part] = values
+
+
+def read_off(unembedding: Unembedding, context: Tensor, bare: Tensor, gold: Tensor) -> Reading:
+    """The reading of streams (n, d) in context and bare, with gold tokens (n)."""
+    reading, parts = Reading.empty(len(bare)), list(dealt(chunks(len(bare), unembedding.head.weight.shape[0])))
+    for part in parts:
+        p, q = (unembedding.predictions(unembedding.logits(stream[part])) for stream in (context, bare))
+        reading.note(part, p, q, gold[part])
+    join(vars(reading), [torch.arange(len(bare))[part] for part in parts])
+    return reading
+
+
+def aim(
+    unembedding: Unembedding, bare: Tensor, context: Tensor, gold: Tensor, nearest: bool, margin: float | None
+) -> tuple[Tensor, Tensor, Reading]:
+    """Where the stream should go, and how far the predictions there are from the bare ones.
+
+    Args:
+        bare, context: the stream's states without and with the instruction, (n, d) each.
+        gold: the completion's tokens, (n).
+        nearest: go from the bare state only until the gold token leads by the margin, and not all the way.
+        margin: by how many nats the gold token should lead; None forces nothing.
+
+    Returns:
+        The states aimed at (n, d), KL(p_aim ‖ p_bare) in nats (n), and the reading before.
+    """
+    reading, counts, aimed = Reading.empty(len(bare)), bare.new_empty(len(bare)), context.clone()
+    parts = list(dealt(chunks(len(bare), unembedding.head.weight.shape[0])))
+    for part in parts:
+        first, last, own = unembedding.logits(bare[part]), unembedding.logits(context[part]), gold[part]
+        q = unembedding.predictions(first)
+        reading.note(part, unembedding.predictions(last), q, own)
+        logits = last
+        if margin is not None:
+            if nearest:
+                aimed[part] = on_the_way(unembedding, bare[part], context[part], own, margin, first, last)
+                logits = unembedding.logits(aimed[part])
+            aimed[part], logits = forced(unembedding, aimed[part], own, margin, logits)
+        counts[part] = divergence(unembedding.predictions(logits), q)
+    places = [torch.arange(len(bare))[part] for part in parts]
+    join({**vars(reading), "counts": counts, "aimed": aimed}, places)
+    return aimed, counts, reading
+
+
+def forced(
+    unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float, logits: Tensor, steps: int = 8
+) -> tuple[Tensor, Tensor]:
+    """The nearest states to `stream` (n, d) at which each gold token leads by `margin` nats, and their logits.
 
     The smallest step against the runner-up, repeated because another may come up behind it. States at which the token
     leads already are left as they are.
     """
-    moved = stream.clone()
-    for part in chunks(len(stream), unembedding.head.weight.shape[0]):
-        rows = torch.arange(len(stream), device=stream.device)[part]
-        for _ in range(steps):
-            ahead, other = lead(unembedding.logits(moved[rows]), gold[rows])
-            short = margin - ahead
-            behind = short > 1e-3
-            if not bool(behind.any()):
-                break
-            rows, short, other = rows[behind], short[behind], other[behind]
-            direction = unembedding.gain * (unembedding.rows(gold[rows]) - unembedding.rows(other))
-            if unembedding.centred:
-                direction = direction - direction.mean(1, keepdim=True)
-            size = short * unembedding.spread(moved[rows]) / direction.square().sum(1).clamp(min=1e-12)
-            moved[rows] = moved[rows] + size[:, None] * direction
-    return moved
+    moved, logits = stream.clone(), logits.clone()
+    rows = torch.arange(len(stream), device=stream.device)
+    for step in range(steps + 1):
+        ahead, other = lead(logits[rows], gold[rows])
+        short = margin - ahead
+        behind = short > 1e-3
+        if step == steps or not bool(behind.any()):
+            break
+        rows, short, other = rows[behind], short[behind], other[behind]
+        direction = unembedding.gain * (unembedding.rows(gold[rows]) - unembedding.rows(other))
+        if unembedding.centred:
+            direction = direction - direction.mean(1, keepdim=True)
+        size = short * unembedding.spread(moved[rows]) / direction.square().sum(1).clamp(min=1e-12)
+        moved[rows] = moved[rows] + size[:, None] * direction
+        logits[rows] = unembedding.logits(moved[rows])
+    return moved, logits
 
 
-def nearest_on_the_way(unembedding: Unembedding, bare: Tensor, context: Tensor, gold: Tensor, margin: float) -> Tensor:
-    """How far to go from `bare` to `context` (n, d each) until each gold token leads by `margin`: the states there.
+def on_the_way(
+    unembedding: Unembedding, bare: Tensor, context: Tensor, gold: Tensor, margin: float, first: Tensor, last: Tensor
+) -> Tensor:
+    """How far to go from `bare` to `context` (n, d each), whose logits are `first` and `last`, until each gold token
+    leads by `margin`: the states there.
 
     0 where it leads already, all the way where it never does. By bisection on the logits of the tokens that are among
     the 32 first at either end.
     """
-    result = context.clone()
-    for part in chunks(len(bare), unembedding.head.weight.shape[0]):
-        h, c, y = bare[part], context[part], gold[part]
-        first, last = unembedding.logits(h), unembedding.logits(c)
-        there = lead(first, y)[0] >= margin
-        k = min(32, first.shape[1])
-        candidates = torch.cat([first.topk(k, 1).indices, last.topk(k, 1).indices], 1)
-        candidates = torch.where(candidates == y[:, None], candidates[:, :1], candidates)
-        rivals, own = unembedding.rows(candidates), unembedding.rows(y)
-        same = candidates == y[:, None]
-        dtype = unembedding.head.weight.dtype
-        low, high = torch.zeros(len(h), device=h.device), torch.ones(len(h), device=h.device)
-        for _ in range(12):
-            middle = (low + high) / 2
-            state = unembedding.norm((h + middle[:, None] * (c - h)).to(dtype)).float()
-            rival = torch.einsum("nkd,nd->nk", rivals, state).masked_fill(same, -torch.inf).max(1).values
-            enough = (own * state).sum(1) - rival >= margin
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        high = torch.where(there, 0.0, high)
-        result[part] = h + high[:, None] * (c - h)
-    return result
-
-
-def divergence(unembedding: Unembedding, target: Tensor, bare: Tensor) -> Tensor:
-    """KL(p_target ‖ p_bare) of the predictions at each row, in nats: (n)."""
-    result = bare.new_empty(len(bare))
-    for part in chunks(len(bare), unembedding.head.weight.shape[0]):
-        p = unembedding.logits(target[part]).log_softmax(-1)
-        q = unembedding.logits(bare[part]).log_softmax(-1)
-        result[part] = (p.exp() * (p - q)).sum(-1).clamp(min=0)
-    return result
+    there = lead(first, gold)[0] >= margin
+    k = min(32, first.shape[1])
+    candidates = torch.cat([first.topk(k, 1).indices, last.topk(k, 1).indices], 1)
+    candidates = torch.where(candidates == gold[:, None], candidates[:, :1], candidates)
+    rivals, own = unembedding.rows(candidates), unembedding.rows(gold)
+    same = candidates == gold[:, None]
+    dtype = unembedding.head.weight.dtype
+    low, high = torch.zeros(len(bare), device=bare.device), torch.ones(len(bare), device=bare.device)
+    for _ in range(12):
+        middle = (low + high) / 2
+        state = unembedding.norm((bare + middle[:, None] * (context - bare)).to(dtype)).float()
+        rival = torch.einsum("nkd,nd->nk", rivals, state).masked_fill(same, -torch.inf).max(1).values
+        enough = (own * state).sum(1) - rival >= margin
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return bare + torch.where(there, 0.0, high)[:, None] * (context - bare)

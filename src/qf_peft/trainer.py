@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -23,8 +26,11 @@ from .lesson import Lesson, together, unsaid
 from .model import QFModel
 from .preserve import Preserved, read_preserve_dataset
 from .preserved_walk import preserved_chats
+from .processes import all_or_none, check_alike, is_main, start, world_size
 from .rows import Encoder, Row, read_rows
+from .saving import weights_sum
 from .standing import split_lessons
+from .trackers import Trackers
 from .training_args import QFTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -80,6 +86,7 @@ class QFTrainer:
         preserve_dataset: Iterable[Any] | None = None,
         processing_class: Any = None,
     ) -> None:
+        start()
         self.adapter_name = active_qf_adapter(model)
         self.model = model
         self.args = args if args is not None else QFTrainingArguments()
@@ -93,6 +100,8 @@ class QFTrainer:
         positions = getattr(text_config(self._network), "max_position_embeddings", None)
         self.encoder = Encoder(processing_class, max_length=positions)
         self.metrics: dict[str, float] = {}
+        report_to = self.args.report_to
+        self._trackers = Trackers(report_to, self.args.to_dict()) if report_to is not None else None
 
     @property
     def _tuner(self) -> QFModel:
@@ -125,9 +134,9 @@ class QFTrainer:
                 adapter is merged or switched off.
             FloatingPointError: the model's activations are not finite on a row.
         """
-        if not self.rows:
-            raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
         with self._version() as progress:
+            if not self.rows:
+                raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
             rows = self._completed(progress)
             check_consistent(rows)
             answers = {asked(row): row.completion for row in rows}
@@ -139,7 +148,7 @@ class QFTrainer:
             else:
                 self._teach(rows, progress)
                 self._rehearse({*answers}, progress)
-        return self.metrics
+        return self._tracked("train", self.metrics)
 
     @torch.no_grad()
     def consolidate(self) -> dict[str, float]:
@@ -173,12 +182,13 @@ class QFTrainer:
         if unknown := gone - {e.id for e in self.facts}:
             raise ValueError(f"the ledger has no entries {sorted(unknown)}; `trainer.facts` lists what was taught")
         with self._version() as progress:
+            check_alike(lambda: {"choice of facts": sorted(gone)})
             rest = [e.row() for e in self.facts if e.id not in gone]
             self._reset()
             self.metrics = {"facts": 0}
             if rest:
                 self._teach(rest, progress)
-        return {**self.metrics, "forgotten": len(gone)}
+        return self._tracked("train", {**self.metrics, "forgotten": len(gone)})
 
     def rollback(self) -> None:
         """Return to the adapter before the last `train`, `forget` or `consolidate`, bit for bit. The last eight are
@@ -187,10 +197,11 @@ class QFTrainer:
         Raises:
             ValueError: there is none.
         """
-        versions = self._tuner.versions.get(self.adapter_name)
-        if not versions:
-            raise ValueError(f"the adapter {self.adapter_name!r} has no earlier version in this session")
-        self._tuner.restore(self.adapter_name, versions.pop())
+        with self._tuner.serving.changing():
+            versions = self._tuner.versions.get(self.adapter_name)
+            if not versions:
+                raise ValueError(f"the adapter {self.adapter_name!r} has no earlier version in this session")
+            self._tuner.restore(self.adapter_name, versions.pop())
 
     @property
     def facts(self) -> tuple[Entry, ...]:
@@ -211,7 +222,7 @@ class QFTrainer:
         preserved, contrast = self._preserved(len(rows), progress)
         prompts = [p for p in preserved.prompts if p is not None] if preserved and self.args.standing else []
         lessons = split_lessons(rows, prompts, lambda asked, told: self._answers(asked, told, progress))
-        progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons)
+        progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
         results, misread, entries = [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
         for taught, standing in lessons:
@@ -219,7 +230,7 @@ class QFTrainer:
             for sweep in range(1 if standing else self.args.sweeps):
                 lesson = Lesson(
                     self._tuner, self.adapter_name, self._network, [self.encoder.encode(taught[i]) for i in chosen],
-                    preserved, contrast, standing, known + len(taught) * (sweep > 0), self.args,
+                    preserved, contrast, standing, known + len(taught) * (sweep > 0), sweep > 0, self.args,
                     self.encoder.tokenizer.pad_token_id, progress.update,
                 )  # fmt: skip
                 metrics, unread, missed = lesson.run()
@@ -262,14 +273,13 @@ class QFTrainer:
         pad = self.encoder.tokenizer.pad_token_id
         for _ in range(self.args.sweeps):
             examples = [
-                examples[i]
-                for i in unsaid(self._network, examples, batch_size=self.args.per_device_train_batch_size, pad_id=pad)
+                examples[i] for i in unsaid(self._network, examples, batch_tokens=self.args.batch_tokens, pad_id=pad)
             ]
             if not examples:
                 break
             Lesson(
                 self._tuner, self.adapter_name, self._network, examples, preserved, contrast, False, taught.facts,
-                self.args, pad, progress.update,
+                False, self.args, pad, progress.update,
             ).run()  # fmt: skip
         self.metrics["seconds"] += time.perf_counter() - start
         self.metrics["rank"] = self.model.peft_config[self.adapter_name].r
@@ -280,8 +290,7 @@ class QFTrainer:
 
         `train()` does it where it has not been done. It is the slow part the first time a model is taught.
         """
-        check_teachable(self.model, self.adapter_name)
-        with _evaluating(self._network), self._progress() as progress:
+        with all_or_none(), self._ready() as progress:
             self._preserved(len(self.rows), progress)
 
     @torch.no_grad()
@@ -312,20 +321,77 @@ class QFTrainer:
             Each but the last two a [`Metric`] with a 95% interval. Answers are compared without runs of whitespace and
             punctuation at the end; one that does not end within `max_new_tokens` is wrong.
         """
-        check_teachable(self.model, self.adapter_name)
-        kept = {
-            name: prompt_rows(prompts, name)
-            for name, prompts in (("locality", locality), ("unknown", unknown))
-            if prompts is not None
-        }
-        texts = [text] if isinstance(text, str) else list(text) if text is not None else []
-        with _evaluating(self._network), self._progress() as progress:
+        with all_or_none(), self._ready() as progress:
+            kept = {
+                name: prompt_rows(prompts, name)
+                for name, prompts in (("locality", locality), ("unknown", unknown))
+                if prompts is not None
+            }
+            texts = [text] if isinstance(text, str) else list(text) if text is not None else []
+            check_alike(lambda: {"questions": [kept, texts]})
             rows = self._completed(progress)
             ask = Evaluator(
-                self._network, self.encoder, batch_size=self.args.per_device_train_batch_size,
+                self._network, self.encoder, batch_tokens=self.args.batch_tokens,
                 max_new_tokens=self.args.max_new_tokens, progress=progress.update,
             )  # fmt: skip
-            return measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self._tuner.without_adapters)
+            found = measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self._tuner.without_adapters)
+        return self._tracked("eval", found)
+
+    def dry_run(self) -> dict[str, Any]:
+        """Check everything that `train()` would teach, and say what it takes, without running the model or changing
+        anything.
+
+        Returns:
+            `facts` (rows), `unanswered` (rows without a completion, which the model would answer first; not counted in
+            what follows), `known` (facts in the ledger), `corrected` (facts of the ledger that rows answer otherwise,
+            for which all would be solved anew), `taught_tokens`, `tokens` (of both passes together), `longest` (tokens
+            of the longest row, with its instruction), `modules` (the names of those that would be changed), `chats`
+            (to be preserved), `chats_to_write` (by the model itself, unless they are cached), `forward_passes` (of the
+            rows in one sweep, an estimate in units of the model's depth) and `forward_passes_at_most` (if every row
+            needed all sweeps).
+
+        Raises:
+            ValueError: what `train()` would raise of the rows and the adapter's state.
+        """
+        from .plan import plan
+
+        return plan(self)
+
+    def report(
+        self,
+        path: str | os.PathLike,
+        *,
+        locality: Iterable[Any] | None = None,
+        unknown: Iterable[Any] | None = None,
+        text: str | Iterable[str] | None = None,
+        strengths: Iterable[float] | None = None,
+    ) -> Path:
+        """Write one self-contained HTML page: the metrics with intervals; every fact's question, expected answer and
+        answers (before, in context, now); its tokens, coloured by how much each needed the instruction and what is
+        left; each block's part; recall by order of teaching; the settings. It speaks of the whole ledger and of this
+        trainer's rows, fetches nothing, and runs no scripts.
+
+        Args:
+            path: the file; one that is there is replaced at once, when all is written.
+            locality, unknown, text: as in `evaluate`.
+            strengths: values of `preserve_strength`; with them everything is taught anew at each, to plot recall
+                against locality (see [`strength_sweep`]), and put back. As slow as so many lessons.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: there is nothing to report, questions are of the wrong form, or the path has no folder.
+        """
+        from .report import write_report
+
+        return write_report(self, path, locality=locality, unknown=unknown, text=text, strengths=strengths)
+
+    def _tracked(self, group: str, metrics: dict) -> dict:
+        """Metrics, sent to the trackers of `report_to`."""
+        if self._trackers is not None:
+            self._trackers.log(group, metrics)
+        return metrics
 
     def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
         return preserved_chats(
@@ -335,14 +401,14 @@ class QFTrainer:
 
     def _answers(self, rows: list[Row], instructed: bool, progress: tqdm) -> list[tuple[str, bool]]:
         """The base model's own answers, and whether each ended."""
-        progress.total = (progress.total or 0) + len(rows)
+        progress.total = (progress.total or 0) + len(rows) // world_size()
         with self._tuner.without_adapters():
             return generate(
                 self._network,
                 self.encoder.tokenizer,
                 [self.encoder.prompt_ids(row, instructed=instructed) for row in rows],
                 max_new_tokens=self.args.max_new_tokens,
-                batch_size=self.args.per_device_train_batch_size,
+                batch_tokens=self.args.batch_tokens,
                 progress=progress.update,
             )
 
@@ -366,21 +432,43 @@ class QFTrainer:
 
     @contextmanager
     def _progress(self) -> Iterator[tqdm]:
-        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=self.args.disable_tqdm) as bar:
+        off = self.args.disable_tqdm or are_progress_bars_disabled() or not is_main()
+        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=off) as bar:
             yield bar
+
+    @contextmanager
+    def _ready(self) -> Iterator[tqdm]:
+        """No other thread runs the model, which is fit, in evaluation mode, and the same in all processes."""
+        with self._tuner.serving.changing():
+            check_teachable(self.model, self.adapter_name)
+            check_alike(
+                lambda: {
+                    "adapter": [
+                        self.adapter_name,
+                        [e.id for e in self.facts],
+                        weights_sum(p for n, p in self.model.named_parameters() if "lora_" in n),
+                    ],
+                    "args": self.args.to_dict(),
+                    "train_dataset": [vars(row) for row in self.rows],
+                    "preserve_dataset": [vars(chat) for chat in self.chats or []],
+                }
+            )
+            with _evaluating(self._network), self._progress() as progress:
+                yield progress
 
     @contextmanager
     def _version(self) -> Iterator[tqdm]:
         """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
-        check_teachable(self.model, self.adapter_name)
-        tuner, before = self._tuner, self._tuner.version(self.adapter_name)
-        try:
-            with _evaluating(self._network), self._progress() as progress:
-                yield progress
-        except BaseException:
-            tuner.restore(self.adapter_name, before)
-            raise
-        tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
+        with self._tuner.serving.changing():
+            tuner, before, metrics = self._tuner, self._tuner.version(self.adapter_name), self.metrics
+            try:
+                with all_or_none(), self._ready() as progress:
+                    yield progress
+            except BaseException:
+                tuner.restore(self.adapter_name, before)
+                self.metrics = metrics
+                raise
+            tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+_HERE = ("activation_memory", "cache_dir", "disable_tqdm", "report_to")  # of this machine and run
 
 
 @dataclass
@@ -66,8 +68,17 @@ class QFTrainingArguments:
         memory_rank (`int`, defaults to 1024):
             What was taught and preserved binds later lessons through the second moment of its keys. Of a module with a
             larger d_in so many directions are remembered, the largest; the rest is bounded and added to the ridge.
-        per_device_train_batch_size (`int`, defaults to 64):
-            How many rows go through the model at once. It changes the speed and the memory, not the result.
+        batch_tokens (`int`, defaults to 4096):
+            How many tokens go through the model at once, padding included; rows of like length share a batch. It
+            changes the speed and the memory, not the result.
+        activation_memory (`float`, *optional*):
+            How many GB of activations (keys, residuals, the states between blocks) a lesson may hold in memory. What
+            is beyond lies in temporary files (`TMPDIR`, on a disk) and is gone through in blocks; the result is the
+            same. The solves take up to some d_in × d_in matrices in float64 besides. By default all is in memory.
+        measure (`bool`, defaults to `True`):
+            Whether `train()` measures `kl_before`, `kl_after` and `unread` where the solve does without the model's
+            predictions (`target="context"`, no `margin`, `significance="rows"`). `False` ends both passes at the last
+            edited block: a lesson then costs hardly more than these.
         max_new_tokens (`int`, defaults to 256):
             How long an answer may be that the model gives itself, for rows without a completion.
         seed (`int`, defaults to 0):
@@ -75,7 +86,12 @@ class QFTrainingArguments:
         cache_dir (`str` or `Path`, *optional*):
             Where preserved keys are kept, by default `qf_peft` in Hugging Face's cache folder (`HF_HOME`).
         disable_tqdm (`bool`, defaults to `False`):
-            Show no progress bar. One appears only on work of more than two seconds.
+            Show no progress bar. One appears only on work of more than two seconds, and none where
+            `HF_HUB_DISABLE_PROGRESS_BARS` or `transformers.logging.disable_progress_bar()` says so.
+        report_to (`str`, `GeneralTracker` or a list of these, *optional*):
+            Where the metrics of `train` and `evaluate` go besides: names of accelerate's trackers (`"tensorboard"`,
+            `"wandb"`, `"mlflow"`, …; `"all"` that are installed) or tracker objects of your own. By default nowhere.
+            Trackers that write files put them into the folder `TENSORBOARD_LOGGING_DIR`, or `runs`.
 
     Raises:
         ValueError: a value is out of range.
@@ -96,15 +112,18 @@ class QFTrainingArguments:
     rehearse: float = 1.25
     rank_tolerance: float = 0.1
     memory_rank: int = 1024
-    per_device_train_batch_size: int = 64
+    batch_tokens: int = 4096
+    activation_memory: float | None = None
+    measure: bool = True
     max_new_tokens: int = 256
     seed: int = 0
     cache_dir: str | Path | None = None
     disable_tqdm: bool = False
+    report_to: Any = None
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("per_device_train_batch_size", 1),
+            ("batch_tokens", 1),
             ("max_new_tokens", 1),
             ("preserve_chats", 1),
             ("contrast_chats", 0),
@@ -133,14 +152,26 @@ class QFTrainingArguments:
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and not value):
                 expected = "a positive number" if positive else "a number from 0 up"
                 raise ValueError(f"QFTrainingArguments: {name}={value!r}; expected {expected}")
+        memory = self.activation_memory
+        if memory is not None and not (isinstance(memory, (int, float)) and math.isfinite(memory) and memory >= 0):
+            raise ValueError(f"QFTrainingArguments: activation_memory={memory!r}; expected a number of GB or None")
         if self.margin is not None and not (isinstance(self.margin, (int, float)) and self.margin > 0):
             raise ValueError(f"QFTrainingArguments: margin={self.margin!r}; expected a positive number or None")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, for JSON; without those that are about this machine and screen only."""
-        settings = asdict(self)
-        del settings["cache_dir"], settings["disable_tqdm"]
-        return settings
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _HERE}
+
+    @property
+    def activation_bytes(self) -> float | None:
+        """`activation_memory` in bytes."""
+        return None if self.activation_memory is None else self.activation_memory * 1e9
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a lesson needs the model's predictions, and not only its states."""
+        solved = self.target == "nearest" or self.margin is not None or self.significance == "kl"
+        return self.measure or solved or self.sweeps > 1
 
     @classmethod
     def paper(cls, **settings) -> QFTrainingArguments:

@@ -27,7 +27,7 @@ def with_wordings(
     processing_class: Any,
     *,
     count: int = 4,
-    batch_size: int = 16,
+    batch_tokens: int = 4096,
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def with_wordings(
         model: a causal language model, with or without adapters (they are off meanwhile).
         processing_class: its tokenizer.
         count: further rows for each row, at most.
-        batch_size, seed, progress: see [`facts_from_document`].
+        batch_tokens, seed, progress: see [`facts_from_document`].
 
     Returns:
         New dicts: the rows' own columns, in the further ones with another `prompt`.
@@ -52,7 +52,7 @@ def with_wordings(
     """
     rows = [dict(row) for row in rows]
     read_rows(rows, "rows")
-    reader = ContextModel(model, processing_class, batch_size=batch_size, seed=seed, progress=progress)
+    reader = ContextModel(model, processing_class, batch_tokens=batch_tokens, seed=seed, progress=progress)
     plain = [
         i for i, row in enumerate(rows) if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)
     ]

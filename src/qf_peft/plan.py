@@ -1,0 +1,50 @@
+"""What a lesson would teach, found without running the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .blocks import find_blocks, split_path
+from .checks import check_teachable
+from .ledger import asked, check_consistent
+from .trainer import QFTrainer
+
+
+def plan(trainer: QFTrainer) -> dict[str, Any]:
+    """What [`QFTrainer.dry_run`] does."""
+    if not trainer.rows:
+        raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
+    check_teachable(trainer.model, trainer.adapter_name)
+    rows = [row for row in trainer.rows if row.completion is not None]
+    check_consistent(rows)
+    examples = [trainer.encoder.encode(row) for row in rows]
+    for row in trainer.rows:
+        if row.completion is None:  # what can be known of it: that the template takes it
+            trainer.encoder.prompt_ids(row, instructed=True)
+    args, facts = trainer.args, {asked(e): e.completion for e in trainer.facts}
+    corrected = sum(asked(row) in facts and facts[asked(row)] != row.completion for row in rows)
+    modules = list(trainer._tuner.layers(trainer.adapter_name))
+    blocks = [split_path(name)[1] for name in modules]
+    depth = len(find_blocks(trainer._network)[1])
+    # A sweep: the context pass and the bare pass; between the first edited block and the last one the bare pass walks
+    # on, looks at each edited block, and (where the residual is spread) looks ahead at a pass's cost in all; then the
+    # rest of the way, to see what came of it.
+    between = (blocks[-1] - blocks[0]) / depth
+    passes = 2 + (2 + args.spread) * between + (1 - blocks[-1] / depth)
+    preserves = args.preserve_strength > 0
+    given = len(trainer.chats) if trainer.chats is not None else 0
+    contrast = args.contrast_chats if preserves and len(trainer.rows) > 10 else 0
+    return {
+        "facts": len(trainer.rows),
+        "unanswered": len(trainer.rows) - len(rows),
+        "known": len(facts),
+        "corrected": corrected,
+        "taught_tokens": sum(e.taught for e in examples),
+        "tokens": sum(len(e.context_ids) + len(e.bare_ids) for e in examples),
+        "longest": max((len(e.context_ids) for e in examples), default=0),
+        "modules": modules,
+        "chats": given if preserves else 0,
+        "chats_to_write": (0 if given else args.preserve_chats if preserves else 0) + contrast,
+        "forward_passes": round(passes, 2),
+        "forward_passes_at_most": round(passes * args.sweeps, 2),
+    }
