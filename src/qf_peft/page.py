@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import urlsplit
 
 from .conversation import Conversation, printable, text_of
 from .gauges import QUESTIONS, TINY_QUESTIONS, as_html, measure
@@ -24,6 +25,7 @@ try:
 except ImportError as error:
     raise ImportError("the page needs gradio: pip install 'qf-peft[demo]'") from error
 
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
@@ -204,7 +206,7 @@ def build(
                 # Plain text: what a model says, or a stranger's fact, is never markup here.
                 chat = gr.Chatbot(
                     label="Chat", height=430, render_markdown=False, sanitize_html=True, allow_tags=False,
-                    latex_delimiters=[], buttons=["copy"], feedback_options=None, elem_id="chat",
+                    latex_delimiters=[], buttons=[], feedback_options=None, elem_id="chat",
                     allow_file_downloads=False, group_consecutive_messages=False,
                 )  # fmt: skip
                 message = gr.Textbox(label="Message", placeholder="Ask something", max_lines=6, elem_id="message")
@@ -245,7 +247,7 @@ def build(
         )  # fmt: skip
         stop.click(page.stopped.set, None, None, queue=False, **hidden)
         compare.click(page.compare, [message, view], [view, chat, message, status], **hidden)
-        begin.click(page.begin, [view], [view, chat], **hidden)
+        gr.on([begin.click, chat.clear], page.begin, [view], [view, chat], **hidden)
         adapter.change(page.switch, [view, adapter], [view, chat], **hidden)
         measuring = {"fn": page.gauges, "inputs": [asked], "outputs": [gauges], **hidden}
         teach.click(page.teach, [view, instruction, question, answer], changed, **hidden).then(**measuring)
@@ -263,8 +265,14 @@ class _Guard:
         self.app = app
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and _CLOSED.match(scope["path"]):
-            return await PlainTextResponse("This page has no files.", 403)(scope, receive, send)
+        if scope["type"] == "http":
+            if _CLOSED.match(scope["path"]):
+                return await PlainTextResponse("This page has no files.", 403)(scope, receive, send)
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+                # Another site, open in the same browser, must not teach the model.
+                return await PlainTextResponse("This page takes requests from itself only.", 403)(scope, receive, send)
 
         async def marked(message: dict) -> None:
             if message["type"] == "http.response.start":
