@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 
@@ -162,10 +163,12 @@ def test_the_gauges_count_what_was_lost(page, served):
     seen(page, "#locality", "0 of 1")
 
 
-def test_html_in_facts_and_answers_is_text(page, served):
+def test_html_in_facts_and_answers_is_text(page, served, monkeypatch):
     _, session, _ = served
+    # The tiny model cannot be brought to write HTML; its words stand in for what another would say.
+    monkeypatch.setattr(session, "stream", lambda *_, **__: (EVIL[i : i + 7] for i in range(0, len(EVIL), 7)))
+    monkeypatch.setattr(session, "ask", lambda *_, **__: EVIL)
     session.teach(instruction=EVIL, prompt="What is " + EVIL, completion=EVIL)
-    assert session.ask("What is " + EVIL) == EVIL, "the model says it"
     page.reload()
     seen(page, "#facts", EVIL)
     ask(page, "What is " + EVIL)
@@ -196,15 +199,23 @@ def test_errors_are_a_line(page):
 
 def test_an_answer_can_be_stopped(page, served, monkeypatch):
     _, session, _ = served
-    monkeypatch.setattr(session, "stream", lambda *_, **__: (f"word{i} " for i in iter(int, 1)))  # without end
-    ask(page, QUESTION)
-    seen(page, "#chat", "word0")
+
+    def slow(*_, **__):
+        for i in range(600):
+            time.sleep(0.1)
+            yield f"word{i} "
+
+    monkeypatch.setattr(session, "stream", slow)
+    page.fill("#message textarea", QUESTION)
+    press(page, "Send")
+    seen(page, "#chat", "word2")
     press(page, "Stop")
     status(page, "Stopped.")
+    assert "word500" not in page.locator("#chat").inner_text()
 
 
 def test_saving_stays_in_the_working_folder(page, served, tmp_path):
-    _, session, folder = served
+    _, _, folder = served
     teach(page, FACT["instruction"], QUESTION)
     status(page, "Taught")
     (folder / "mine").mkdir()
