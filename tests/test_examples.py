@@ -109,7 +109,6 @@ def test_distributed(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.skipif(not hasattr(qf_peft, "facts_from_document"), reason="documents are on their way")
 def test_handbook(tmp_path):
     out = run(EXAMPLES / "handbook.py", "--tiny", "--output", tmp_path / "made")
     facts = [json.loads(line) for line in (tmp_path / "made" / "facts.jsonl").read_text().splitlines()]
