@@ -76,15 +76,15 @@ class SecondMoment:
         return twin
 
     def compact(self, rank: int) -> SecondMoment:
-        """Bound the memory: C in float32, and where d_in > `rank` its `rank` largest directions as rows. Returns
-        itself.
+        """Bound the memory: C in float32, and where d_in > `rank`, and there are more than twice as many rows, the
+        `rank` largest directions as rows. Returns itself.
 
         What the next largest eigenvalue δ says was lost at most is taken off those kept, and half of it added to the
         `floor`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2. Of more
         than 2,048 rows, and four times `rank`, the directions are found by random projections (Halko et al., arXiv
         0909.4061), and the error is up to about δ.
         """
-        if self.width <= rank or (self.root is not None and self.root.shape[0] <= rank):
+        if self.width <= rank or (self.root is not None and self.root.shape[0] <= 2 * rank):
             self.matrix = None if self.matrix is None else self.matrix.float()
             return self
         whole = self.root if self.root is not None else self.matrix

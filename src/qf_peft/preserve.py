@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Preserved:
     """Token ids of prompt and answer."""
     kept: list[int]
     """How many of each sequence's last positions are answer positions."""
-    keys: dict[str, Tensor]
+    keys: Mapping[str, Tensor]
     """By module name, in the model's dtype: (Σ kept, d_in), or where only the answers' first steps were asked for
     (chats, d_in)."""
     prompts: list[Text | None]
@@ -190,7 +190,8 @@ def preserved_keys(
             _write(path, identity, preserved)
     except OSError as error:  # a full disk or a folder that cannot be written costs the cache, not the lesson
         logger.warning(f"the preserved keys could not be cached in {folder}: {error}")
-    return preserved
+        return preserved
+    return _read(path, identity, sorted(modules)) or preserved  # from where one module's keys are read at a time
 
 
 def _measure(
@@ -291,16 +292,45 @@ def _read(path: Path, identity: str, modules: Sequence[str]) -> Preserved | None
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["preserved"])
-            tensors = {name: file.get_tensor(name) for name in modules}
+        keys, state = _KeysInFile(path), path.stat()
+        seen = str(path), state.st_mtime_ns, state.st_size
+        header = keys.header
+        whole = seen in _found_whole or header["sum"] == _sum(keys)
+        if missing := [name for name in modules if name not in keys]:
+            raise KeyError(missing[0])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning(f"the cache {path.name} is damaged ({error}); it is made anew")
         return None
-    if header.get("identity") != identity or header.get("sum") != _sum(tensors):
+    if header.get("identity") != identity or not whole:
         logger.warning(f"the cache {path.name} does not hold what its name says; it is made anew")
         return None
-    return Preserved(header["sequences"], header["kept"], tensors, header["prompts"])
+    _found_whole.add(seen)
+    return Preserved(header["sequences"], header["kept"], keys, header["prompts"])
+
+
+_found_whole: set[tuple[str, int, int]] = set()  # files, with time and size, whose sum was found right
+
+
+class _KeysInFile(Mapping):
+    """Keys by module name, read from the file one module at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self.header = json.loads(file.metadata()["preserved"])
+            self._names = sorted(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name).clone()  # of its own: a file that is cut short takes mapped tensors with it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _sum(tensors: Mapping[str, Tensor]) -> str:

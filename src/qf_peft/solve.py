@@ -222,18 +222,32 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
         raise ValueError(f"ridge={bound.floor!r}; expected a positive number (use minimum_norm for none)")
     for rows in parts:
         bound.update(rows.keys, rows.significance)
-    outs = parts[0].residual.shape[1]
+    roots = [rows.significance.double().sqrt()[:, None] for rows in parts]
+    wanted = [rows.residual.double() * root for rows, root in zip(parts, roots, strict=True)]
+    moves = [part.any(1) for part in wanted]  # rows whose output shall change; ΔW has no higher rank
+    few, outs = sum(int(part.sum()) for part in moves) < wanted[0].shape[1], wanted[0].shape[1]
     if bound.root is not None:
         keys = bound.root.double()
         gram = keys @ keys.T
         gram.diagonal().add_(bound.floor)
-        wanted = torch.cat([rows.residual.double() * rows.significance.double().sqrt()[:, None] for rows in parts])
-        wanted = torch.cat([wanted.new_zeros(len(keys) - len(wanted), outs), wanted])
-        weights = torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))
-        return _rows(weights.T @ keys) if outs <= len(keys) else LowRankDelta(A=keys, B=weights.T)
+        factor, before = torch.linalg.cholesky(gram), len(keys) - sum(map(len, wanted))
+        if few:
+            chosen = before + torch.cat(moves).nonzero()[:, 0]
+            unit = keys.new_zeros(len(keys), len(chosen))
+            unit[chosen, torch.arange(len(chosen), device=unit.device)] = 1.0
+            change = torch.cholesky_solve(unit, factor).T @ keys
+            return LowRankDelta(A=change, B=torch.cat([w[m] for w, m in zip(wanted, moves, strict=True)]).T)
+        all_wanted = torch.cat([keys.new_zeros(before, outs), *wanted])
+        return _rows(torch.cholesky_solve(all_wanted, factor).T @ keys)
+    del wanted
     system = bound.matrix.clone()
     system.diagonal().add_(bound.floor)
     factor = torch.linalg.cholesky(system, out=system)
+    if few:
+        pairs = list(zip(parts, roots, moves, strict=True))
+        keys = torch.cat([rows.keys[m].double() * root[m] for rows, root, m in pairs])
+        residual = torch.cat([rows.residual[m].double() * root[m] for rows, root, m in pairs])
+        return LowRankDelta(A=torch.cholesky_solve(keys.T, factor).T, B=residual.T)
     cross = sum(sum_of_products(rows.residual, rows.keys, rows.significance) for rows in parts)
     return _rows(torch.cholesky_solve(cross.T, factor).T)
 

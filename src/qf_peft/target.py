@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .processes import dealt, join
 from .stream import is_rms, norm_gain
 
-_CHUNK = 2**24  # logits held at once
+_CHUNK = 2**23  # logits held at once
+_CANDIDATES = 32  # tokens, the first of either end, that are followed on the way
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class Unembedding:
         return (stream.square().mean(1) + 1e-6).sqrt()
 
 
-def chunks(count: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of rows whose logits fit in memory."""
-    size = max(1, _CHUNK // vocabulary)
+def chunks(count: int, head: nn.Module) -> Iterator[slice]:
+    """Slices of rows whose logits, and candidates' rows of the unembedding, are few."""
+    vocabulary, width = head.weight.shape
+    size = max(1, _CHUNK // max(vocabulary, 2 * _CANDIDATES * width))
     return (slice(first, first + size) for first in range(0, count, size))
 
 
@@ -135,7 +137,7 @@ class Reading:
 
 def read_off(unembedding: Unembedding, context: Tensor, bare: Tensor, gold: Tensor) -> Reading:
     """The reading of streams (n, d) in context and bare, with gold tokens (n)."""
-    reading, parts = Reading.empty(len(bare)), list(dealt(chunks(len(bare), unembedding.head.weight.shape[0])))
+    reading, parts = Reading.empty(len(bare)), list(dealt(chunks(len(bare), unembedding.head)))
     for part in parts:
         p, q = (unembedding.predictions(unembedding.logits(stream[part])) for stream in (context, bare))
         reading.note(part, p, q, gold[part])
@@ -158,7 +160,7 @@ def aim(
         The states aimed at (n, d), KL(p_aim ‖ p_bare) in nats (n), and the reading before.
     """
     reading, counts, aimed = Reading.empty(len(bare)), bare.new_empty(len(bare)), context.clone()
-    parts = list(dealt(chunks(len(bare), unembedding.head.weight.shape[0])))
+    parts = list(dealt(chunks(len(bare), unembedding.head)))
     for part in parts:
         first, last, own = unembedding.logits(bare[part]), unembedding.logits(context[part]), gold[part]
         q = unembedding.predictions(first)
@@ -208,10 +210,10 @@ def on_the_way(
     leads by `margin`: the states there.
 
     0 where it leads already, all the way where it never does. By bisection on the logits of the tokens that are among
-    the 32 first at either end.
+    the first at either end.
     """
     there = lead(first, gold)[0] >= margin
-    k = min(32, first.shape[1])
+    k = min(_CANDIDATES, first.shape[1])
     candidates = torch.cat([first.topk(k, 1).indices, last.topk(k, 1).indices], 1)
     candidates = torch.where(candidates == gold[:, None], candidates[:, :1], candidates)
     rivals, own = unembedding.rows(candidates), unembedding.rows(gold)

@@ -67,7 +67,8 @@ class QFTrainingArguments:
             drops nothing.
         memory_rank (`int`, defaults to 1024):
             What was taught and preserved binds later lessons through the second moment of its keys. Of a module with a
-            larger d_in so many directions are remembered, the largest; the rest is bounded and added to the ridge.
+            larger d_in so many directions are remembered, the largest, whenever they become twice as many; the rest is
+            bounded and added to the ridge.
         batch_tokens (`int`, defaults to 4096):
             How many tokens go through the model at once, padding included; rows of like length share a batch. It
             changes the speed and the memory, not the result.
