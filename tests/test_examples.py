@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
 from conftest import EXAMPLES
 
 import qf_peft
@@ -109,7 +108,6 @@ def test_distributed(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.skipif(not hasattr(qf_peft, "facts_from_document"), reason="documents are on their way")
 def test_handbook(tmp_path):
     out = run(EXAMPLES / "handbook.py", "--tiny", "--output", tmp_path / "made")
     facts = [json.loads(line) for line in (tmp_path / "made" / "facts.jsonl").read_text().splitlines()]

@@ -27,9 +27,9 @@ class Conversation:
     model without a chat template sees each question alone.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, exchanges: list[Exchange] | None = None) -> None:
         self.session = session
-        self.exchanges: list[Exchange] = []
+        self.exchanges = exchanges if exchanges is not None else []
 
     def say(self, question: str, *, adapter: bool = True, max_new_tokens: int = 256) -> Iterator[str]:
         """The model's answer, in pieces; what of it has come is kept, also if it is broken off.

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import urlsplit
 
-from .conversation import Conversation, printable, text_of
+from .conversation import Conversation, Exchange, printable, text_of
 from .gauges import QUESTIONS, TINY_QUESTIONS, as_html, measure
 from .session import Session
 from .tiny import TINY_MODEL
@@ -24,6 +25,7 @@ try:
 except ImportError as error:
     raise ImportError("the page needs gradio: pip install 'qf-peft[demo]'") from error
 
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
@@ -45,9 +47,10 @@ _CSS = """
 class View:
     """What one visitor sees."""
 
-    talk: Conversation
+    exchanges: list[Exchange] = field(default_factory=list)
+    """What the model sees of the talk."""
     shown: list[dict[str, str]] = field(default_factory=list)
-    """The chat as it is shown, notes included; the model sees `talk` only."""
+    """The chat as it is shown, notes included."""
 
     def say(self, role: str, text: str) -> None:
         self.shown.append({"role": role, "content": printable(text)})
@@ -60,8 +63,8 @@ class Page:
         self.session, self.folder, self.max_new_tokens = session, folder, max_new_tokens
         self.stopped = Event()
 
-    def enter(self) -> tuple:
-        return View(Conversation(self.session)), [], *self.taught("")
+    def enter(self, view: View) -> tuple:
+        return view, view.shown, *self.taught("")
 
     def ask(self, message: str, view: View, adapter: bool) -> Iterator[tuple]:
         """Answers piece by piece: view, chat, the message's field, the question to teach, status."""
@@ -69,7 +72,9 @@ class Page:
         view.say("user", message)
         view.say("assistant", "")
         yield view, view.shown, "", message, ""
-        pieces = view.talk.say(message, adapter=adapter, max_new_tokens=self.max_new_tokens)
+        pieces = Conversation(self.session, view.exchanges).say(
+            message, adapter=adapter, max_new_tokens=self.max_new_tokens
+        )
         status = ""
         try:
             for piece in pieces:
@@ -86,7 +91,7 @@ class Page:
         yield view, view.shown, "", message, status
 
     def compare(self, message: str, view: View) -> tuple:
-        question = message.strip() or (view.talk.exchanges[-1].question if view.talk.exchanges else "")
+        question = message.strip() or (view.exchanges[-1].question if view.exchanges else "")
         if not question:
             return view, view.shown, message, "Write the question to compare on, or ask one."
         try:
@@ -98,7 +103,7 @@ class Page:
         return view, view.shown, "", ""
 
     def begin(self, view: View) -> tuple:
-        view.talk.exchanges.clear()
+        view.exchanges.clear()
         view.shown.clear()
         return view, view.shown
 
@@ -109,7 +114,7 @@ class Page:
         """Show a note and let the model forget the talk so far, so that its next answer is from the weights."""
         if view.shown:
             view.say("assistant", f"[{text} The model no longer sees the talk above.]")
-        view.talk.exchanges.clear()
+        view.exchanges.clear()
         return view, view.shown
 
     def teach(self, view: View, instruction: str, question: str, answer: str) -> tuple:
@@ -197,14 +202,14 @@ def build(
     hidden: dict[str, Any] = {"api_visibility": "private"}
 
     with gr.Blocks(title="qf_peft", analytics_enabled=False, fill_width=True) as blocks:
-        view = gr.State()
+        view = gr.State(View())
         gr.HTML(f"<h2>Teach {html.escape(title)}</h2>")
         with gr.Row():
             with gr.Column(scale=3):
                 # Plain text: what a model says, or a stranger's fact, is never markup here.
                 chat = gr.Chatbot(
                     label="Chat", height=430, render_markdown=False, sanitize_html=True, allow_tags=False,
-                    latex_delimiters=[], buttons=["copy"], feedback_options=None, elem_id="chat",
+                    latex_delimiters=[], buttons=[], feedback_options=None, elem_id="chat",
                     allow_file_downloads=False, group_consecutive_messages=False,
                 )  # fmt: skip
                 message = gr.Textbox(label="Message", placeholder="Ask something", max_lines=6, elem_id="message")
@@ -238,14 +243,14 @@ def build(
                     save = gr.Button("Save")
 
         changed = [view, chat, status, facts, gauges]
-        blocks.load(page.enter, None, changed, **hidden)
+        blocks.load(page.enter, [view], changed, **hidden)
         gr.on(
             [send.click, message.submit], page.ask, [message, view, adapter], [view, chat, message, question, status],
             concurrency_limit=4, **hidden,
         )  # fmt: skip
         stop.click(page.stopped.set, None, None, queue=False, **hidden)
         compare.click(page.compare, [message, view], [view, chat, message, status], **hidden)
-        begin.click(page.begin, [view], [view, chat], **hidden)
+        gr.on([begin.click, chat.clear], page.begin, [view], [view, chat], **hidden)
         adapter.change(page.switch, [view, adapter], [view, chat], **hidden)
         measuring = {"fn": page.gauges, "inputs": [asked], "outputs": [gauges], **hidden}
         teach.click(page.teach, [view, instruction, question, answer], changed, **hidden).then(**measuring)
@@ -263,8 +268,14 @@ class _Guard:
         self.app = app
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and _CLOSED.match(scope["path"]):
-            return await PlainTextResponse("This page has no files.", 403)(scope, receive, send)
+        if scope["type"] == "http":
+            if _CLOSED.match(scope["path"]):
+                return await PlainTextResponse("This page has no files.", 403)(scope, receive, send)
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+                # Another site, open in the same browser, must not teach the model.
+                return await PlainTextResponse("This page takes requests from itself only.", 403)(scope, receive, send)
 
         async def marked(message: dict) -> None:
             if message["type"] == "http.response.start":
