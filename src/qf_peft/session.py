@@ -148,12 +148,9 @@ class Session:
         ids, tokens = self._asked(prompt, instruction, max_new_tokens)
         with self._at_work(adapter):
             answers = generate(
-                self._network,
-                self.trainer.encoder.tokenizer,
-                [ids],
-                max_new_tokens=tokens,
+                self._network, self.trainer.encoder.tokenizer, [ids], max_new_tokens=tokens,
                 batch_tokens=self.args.batch_tokens,
-            )
+            )  # fmt: skip
         return answers[0][0]
 
     def stream(
