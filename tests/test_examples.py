@@ -161,3 +161,8 @@ def test_benchmark(tmp_path):
         parts = [share for kind, share in shares.items() if kind != "seconds"]
         assert abs(sum(parts) - 100) < 1e-6 and min(parts) >= 0 and shares["passes"] > 0 and shares["solves"] > 0
     assert path.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_a_large_solve_in_small():
+    out = run(EXAMPLES / "large_solve.py", "--tokens", 3000, "--inputs", 400, "--outputs", 60)
+    assert float(out.split("met to ")[1].split()[0]) < 1e-5
