@@ -3,7 +3,7 @@
     python examples/large_solve.py                      # the MLP of a 7B model; some 10 GB of memory, 9 GB of disk
     python examples/large_solve.py --tokens 3000 --inputs 400 --outputs 60
 
-The keys and residuals (random, of rank 200 and noise, for nearly equal keys are the rule) lie in temporary files (TMPDIR,
+The keys and residuals (random, of rank 200 and noise) lie in temporary files (TMPDIR,
 on a disk); the solve goes through them in blocks. It is the default setting's: half of the tokens are taught, half keep
 their outputs. Printed are seconds, the peak of the memory that is not mapped from files, and how far the change is from
 solving the normal equations, on a sample of their columns.
