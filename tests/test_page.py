@@ -189,7 +189,7 @@ def test_errors_are_a_line(page):
     status(page, "Write the question")
     teach(page, "", "")
     status(page, "instruction is empty")
-    teach(page, FACT["instruction"], "word " * 1000)
+    teach(page, FACT["instruction"], "word " * 1000, ANSWER)
     status(page, "shorten it")
     ask(page, "word " * 1000)
     status(page, "shorten it")

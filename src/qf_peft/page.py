@@ -53,7 +53,7 @@ class View:
     """The chat as it is shown, notes included."""
 
     def say(self, role: str, text: str) -> None:
-        self.shown.append({"role": role, "content": printable(text)})
+        self.shown.append({"role": role, "content": as_text(text)})
 
 
 class Page:
@@ -78,7 +78,7 @@ class Page:
         status = ""
         try:
             for piece in pieces:
-                view.shown[-1]["content"] += printable(piece)
+                view.shown[-1]["content"] += as_text(piece)
                 yield view, view.shown, "", message, ""
                 if self.stopped.is_set():
                     status = "Stopped."
@@ -173,6 +173,11 @@ class Page:
             return line(error)
 
 
+def as_text(text: str) -> str:
+    """Text for the chat, which takes what it is given as HTML even where it renders no Markdown."""
+    return html.escape(printable(text), quote=False)
+
+
 def line(error: Exception) -> str:
     """An error on one line."""
     text = " ".join(str(error).split())
@@ -206,7 +211,7 @@ def build(
         gr.HTML(f"<h2>Teach {html.escape(title)}</h2>")
         with gr.Row():
             with gr.Column(scale=3):
-                # Plain text: what a model says, or a stranger's fact, is never markup here.
+                # What a model says, or a stranger's fact, is never markup here: see `as_text`.
                 chat = gr.Chatbot(
                     label="Chat", height=430, render_markdown=False, sanitize_html=True, allow_tags=False,
                     latex_delimiters=[], buttons=[], feedback_options=None, elem_id="chat",
@@ -248,11 +253,12 @@ def build(
             [send.click, message.submit], page.ask, [message, view, adapter], [view, chat, message, question, status],
             concurrency_limit=4, **hidden,
         )  # fmt: skip
-        stop.click(page.stopped.set, None, None, queue=False, **hidden)
+        stop.click(page.stopped.set, None, None, **hidden)
         compare.click(page.compare, [message, view], [view, chat, message, status], **hidden)
         gr.on([begin.click, chat.clear], page.begin, [view], [view, chat], **hidden)
         adapter.change(page.switch, [view, adapter], [view, chat], **hidden)
-        measuring = {"fn": page.gauges, "inputs": [asked], "outputs": [gauges], **hidden}
+        # One at a time, in order: what is shown last was measured last.
+        measuring = {"fn": page.gauges, "inputs": [asked], "outputs": [gauges], "concurrency_id": "gauges", **hidden}
         teach.click(page.teach, [view, instruction, question, answer], changed, **hidden).then(**measuring)
         forget.click(page.forget, [view, facts], changed, **hidden).then(**measuring)
         undo.click(page.undo, [view], changed, **hidden).then(**measuring)
