@@ -192,6 +192,9 @@ def chat(
         write: writes text as it comes.
         max_new_tokens: how long an answer may be.
     """
+    if read is input and sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history for input()
     this = Chat(session, write, max_new_tokens)
     this.line("Talk to the model, teach it with /teach; /help explains, /quit leaves.")
     if not session.trainer.encoder.chat:
@@ -226,9 +229,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.tiny == (options.model is not None or options.adapter is not None):
         parser.error("give --model or --adapter, or else --tiny")
     session = Session.tiny() if options.tiny else Session.open(options.model, options.adapter)
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  line editing and history for input()
     chat(session)
 
 
