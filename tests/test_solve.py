@@ -222,7 +222,7 @@ def test_a_compact_moment_of_many_keys_is_near():
     assert small.root.shape == (100, 2400)
     near = small.root.T @ small.root + small.floor * torch.eye(2400)
     values = torch.linalg.eigvalsh(exact)
-    assert float(torch.linalg.eigvalsh(near - exact).abs().max()) < 1.1 * float(values[-101])
+    assert float(torch.linalg.eigvalsh(near - exact).abs().max()) < 1.5 * float(values[-101])
 
 
 @pytest.mark.parametrize("n", [2100, 2300])

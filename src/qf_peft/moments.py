@@ -82,18 +82,14 @@ class SecondMoment:
         What the next largest eigenvalue δ says was lost at most is taken off those kept, and half of it added to the
         `floor`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2. Of more
         than 2,048 rows, and four times `rank`, the directions are found by random projections (Halko et al., arXiv
-        0909.4061), and the error is up to about δ.
+        0909.4061), and the error is of the order of δ.
         """
         if self.width <= rank or (self.root is not None and self.root.shape[0] <= 2 * rank):
             self.matrix = None if self.matrix is None else self.matrix.float()
             return self
         whole = self.root if self.root is not None else self.matrix
         if whole.shape[0] > max(4 * rank, _EXACT):
-            with torch.random.fork_rng(devices=[whole.device] if whole.is_cuda else []):
-                torch.manual_seed(0)
-                _, values, vectors = torch.svd_lowrank(whole.float(), q=rank + 8, niter=2)
-            values = (values.square() if self.root is not None else values).flip(0).double()
-            rows = vectors.T.flip(0) * values.sqrt()[:, None]
+            values, rows = _leading(whole.float(), rank + 8, self.root is not None)
         elif self.root is not None:
             root = self.root.double()
             values, vectors = torch.linalg.eigh(root @ root.T)
@@ -146,3 +142,23 @@ def add_gram(matrix: Tensor, rows: Tensor) -> None:
         matrix[part, part.start :] += product
         if part.stop < width:
             matrix[part.stop :, part] = matrix[part, part.stop :].T
+
+
+def _leading(whole: Tensor, count: int, rooted: bool) -> tuple[Tensor, Tensor]:
+    """About the largest eigenvalues of C (ascending, float64) and rows whose squares sum to C's part along them.
+
+    Three multiplications of C with random vectors find their span, a fourth one C within it. `whole` is C, or with
+    `rooted` a root K of it.
+    """
+
+    def apply(vectors: Tensor) -> Tensor:
+        return whole.T @ (whole @ vectors) if rooted else whole @ vectors
+
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(whole.shape[1], count, generator=generator).to(whole)
+    basis = torch.linalg.qr(apply(random)).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(apply(basis)).Q
+    values, vectors = torch.linalg.eigh((basis.T @ apply(basis)).double())
+    values = values.clamp(min=0)
+    return values, (basis.double() @ vectors).T * values.sqrt()[:, None]
