@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as below a shell's "&"; children inherit it
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qf_peft-tests-")  # where preserved keys are cached
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

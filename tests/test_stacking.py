@@ -93,9 +93,10 @@ def test_combined(tokenizer, tmp_path, dtype):
     exact = changes(model, "founder", "city")
     cases = {
         "cat": {}, "svd": {"svd_rank": 32}, "linear": {}, "ties": {"density": 0.5}, "ties_svd": {"density": 0.9},
-        "dare_linear": {"density": 0.9}, "magnitude_prune": {"density": 0.9},
+        "dare_linear": {"density": 0.95}, "magnitude_prune": {"density": 0.9},
     }  # fmt: skip
     for kind, options in cases.items():
+        torch.manual_seed(0)  # DARE drops at random
         model.add_weighted_adapter(["founder", "city"], [1.0, 1.0], kind, combination_type=kind, **options)
         model.set_adapter(kind)
         assert knows(model, tokenizer, FACT, OTHER) == [True, True], kind

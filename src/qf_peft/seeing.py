@@ -7,7 +7,7 @@ rows; it leaves the adapter as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -157,19 +157,15 @@ def token_divergences(trainer: QFTrainer, rows: Sequence[Row] | None = None) -> 
         examples = [trainer.encoder.encode(row) for row in rows]
         kept, bare = [e.taught for e in examples], [e.bare_ids for e in examples]
         network, options = trainer._network, _options(trainer)
-        before, after = torch.empty(sum(kept)), torch.empty(sum(kept))
 
-        def into(values: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
-            def compare(order: Tensor, now: Tensor, told: Tensor) -> None:
-                values[order] = divergence(told.log_softmax(-1), now.log_softmax(-1)).cpu()
-
-            return compare
+        def compare(order: Tensor, now: Tensor, told: Tensor) -> dict[str, Tensor]:
+            return {"kl": divergence(told.log_softmax(-1), now.log_softmax(-1)).cpu()}
 
         with trainer._tuner.without_adapters():
             head = {"head": Point(network.get_output_embeddings(), "input")}
             told = forward_pass(network, [e.context_ids for e in examples], kept, head, **options)["head"]
-            forward_pass(network, bare, kept, {}, head_inputs=told, on_logits=into(before), **options)
-        forward_pass(network, bare, kept, {}, head_inputs=told, on_logits=into(after), **options)
+            before = forward_pass(network, bare, kept, {}, head_inputs=told, on_logits=compare, **options)["kl"]
+        after = forward_pass(network, bare, kept, {}, head_inputs=told, on_logits=compare, **options)["kl"]
     found = []
     for row, example, old, new in zip(rows, examples, before.split(kept), after.split(kept), strict=True):
         texts = _pieces(trainer.encoder.tokenizer, example.targets)
