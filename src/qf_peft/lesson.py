@@ -22,10 +22,10 @@ from .rows import Example
 from .scratch import Scratch
 from .solve import LowRankDelta, TaughtTokens, beside, minimum_norm, null_space
 from .statistics import TaughtAdapter
-from .stream import Writer, aim_through_norm, norm_gain, trace_writer
+from .stream import aim_through_norm, norm_gain, trace_writers
 from .target import Reading, Unembedding, aim, lead, read_off
 from .training_args import QFTrainingArguments
-from .walk import Walk, passed_through
+from .walk import Walk
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,9 @@ class Lesson:
         self.layers = tuner.layers(adapter)
         self.names = list(self.layers)
         self.index = {name: split_path(name)[1] for name in self.layers}
-        self.writers = self._trace()
+        with tuner.without_adapters():
+            trace_writers(network, self.blocks, self.names, examples[0].bare_ids[:8], tuner.writers)
+        self.writers = tuner.writers
         self.kept = [example.taught for example in examples]
         self.bare = [example.bare_ids for example in examples]
         self.options: dict[str, Any] = {
@@ -306,31 +308,6 @@ class Lesson:
             nearest_keys = weights.topk(min(len(weights), max(128, 4 * len(new.keys)))).indices
             preserved, weights = preserved[nearest_keys], weights[nearest_keys] / weights[nearest_keys].sum()
         return preserved, near * weights + (1 - near) / len(preserved)
-
-    def _trace(self) -> dict[str, Writer]:
-        """How each target module reaches the stream; measured once for blocks of one kind and kept with the tuner."""
-        network, kinds, writers = self.network, {}, self.tuner.writers
-
-        def run(ids: Tensor) -> None:
-            network.get_decoder()(input_ids=ids, use_cache=False)
-
-        for name in self.names:
-            if name in writers:
-                continue
-            path, index, suffix = split_path(name)
-            block = network.get_submodule(f"{path}.{index}")
-            kind = (type(block), suffix, tuple(n for n, _ in block.named_modules() if "lora_" not in n))
-            if kind not in kinds:
-                others = [i for i in range(1, len(self.blocks)) if i != index]
-                with self.tuner.without_adapters(), passed_through(self.blocks, others):
-                    kinds[kind] = trace_writer(run, network, name, self.examples[0].bare_ids[:8])
-                if kinds[kind].norm is not None:
-                    logger.warning(
-                        f"{suffix} writes into the residual stream through {kinds[kind].norm}; what is taught there is "
-                        "approached as near as that norm allows (see `residual_left` in the metrics)"
-                    )
-            writers[name] = kinds[kind]
-        return writers
 
     def _final(self) -> str | None:
         """The module whose stream all others aim at, where the residual is spread."""

@@ -9,14 +9,18 @@ the module writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .blocks import linear_shape, split_path, text_config
+from .walk import passed_through
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,41 @@ class Writer:
     """What the contribution is multiplied by on the way (1 nearly everywhere)."""
     norm: str | None = None
     """The RMS norm between the module's output and the stream, if there is one."""
+
+
+def trace_writers(
+    network: nn.Module, blocks: nn.ModuleList, names: Iterable[str], ids: list[int], known: dict[str, Writer]
+) -> None:
+    """Find how the outputs of modules reach the stream, and note it in `known`; what is there already is not traced.
+
+    Blocks of one kind share the answer, and only the block in question and the first are run.
+
+    Args:
+        network: the transformers model, its adapters off.
+        blocks: its blocks.
+        names: the modules' paths in it.
+        ids: a few tokens of real input.
+    """
+    kinds: dict[tuple, Writer] = {}
+
+    def run(tokens: Tensor) -> None:
+        network.get_decoder()(input_ids=tokens, use_cache=False)
+
+    for name in names:
+        if name in known:
+            continue
+        path, index, suffix = split_path(name)
+        block = network.get_submodule(f"{path}.{index}")
+        kind = (type(block), suffix, tuple(n for n, _ in block.named_modules() if "lora_" not in n))
+        if kind not in kinds:
+            with passed_through(blocks, [i for i in range(1, len(blocks)) if i != index]):
+                kinds[kind] = trace_writer(run, network, name, ids)
+            if kinds[kind].norm is not None:
+                logger.warning(
+                    f"{suffix} writes into the residual stream through {kinds[kind].norm}; what is taught there is "
+                    "approached as near as that norm allows (see `residual_left` in the metrics)"
+                )
+        known[name] = kinds[kind]
 
 
 @torch.no_grad()
