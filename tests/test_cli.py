@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FACT, OTHER, TINY
+from hub_server import HubServer
 from typer.testing import CliRunner
 
 from qf_peft import check_portable
@@ -246,6 +247,19 @@ def test_only_json_on_standard_output_and_ctrl_c_changes_nothing(taught, tmp_pat
     assert process.returncode == 130, (stdout, stderr)
     assert json.loads(stdout) == {"error": "interrupted; nothing was changed"} and "Traceback" not in stderr
     assert {path.name: path.read_bytes() for path in taught.iterdir()} == before
+
+
+def test_push(taught, tmp_path):
+    with HubServer() as hub:
+        environment = {**os.environ, **hub.environment(tmp_path), "PYTHONWARNINGS": "ignore"}
+        code = "import sys; sys.argv[0] = 'qf-peft'; from qf_peft.cli import main; main()"
+        arguments = ["push", taught, "me/facts", "--base-model", "someone/tiny-world", "--tiny", "--json"]
+        result = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert "me/facts" in json.loads(result.stdout)["commit"]
+        assert {"adapter_model.safetensors", "lora/adapter_model.safetensors"} <= set(hub.repos["me/facts"].files())
 
 
 def test_chat_is_the_terminal_chat():

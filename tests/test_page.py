@@ -276,11 +276,13 @@ def test_it_listens_on_loopback_only(served):
     elsewhere.clear()
 
 
-def test_run_as_a_module(tmp_path):
-    command = [sys.executable, "-m", "qf_peft.page", "--tiny", "--folder", str(tmp_path)]
+@pytest.mark.parametrize("command", [["-m", "qf_peft.page"], ["-c", "from qf_peft.cli import main; main()", "demo"]])
+def test_started_from_the_shell(tmp_path, command):
+    command = [sys.executable, *command, "--tiny", "--folder", str(tmp_path)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        address = child.stdout.readline().split()[4]
+        line = child.stdout.readline()
+        address = next(word for word in line.split() if word.startswith("http"))
         assert get(address)[0] == 200
         child.send_signal(signal.SIGINT)
         assert child.wait(60) == 0
