@@ -257,8 +257,11 @@ def build(
         compare.click(page.compare, [message, view], [view, chat, message, status], **hidden)
         gr.on([begin.click, chat.clear], page.begin, [view], [view, chat], **hidden)
         adapter.change(page.switch, [view, adapter], [view, chat], **hidden)
-        # One at a time, in order: what is shown last was measured last.
-        measuring = {"fn": page.gauges, "inputs": [asked], "outputs": [gauges], "concurrency_id": "gauges", **hidden}
+        # One at a time, in order, and once more where something changed meanwhile: what is shown was measured last.
+        measuring = {
+            "fn": page.gauges, "inputs": [asked], "outputs": [gauges], "concurrency_id": "gauges",
+            "trigger_mode": "always_last", **hidden,
+        }  # fmt: skip
         teach.click(page.teach, [view, instruction, question, answer], changed, **hidden).then(**measuring)
         forget.click(page.forget, [view, facts], changed, **hidden).then(**measuring)
         undo.click(page.undo, [view], changed, **hidden).then(**measuring)
