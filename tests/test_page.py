@@ -154,6 +154,7 @@ def test_teach_compare_forget_undo(page, served):
 
 def test_the_gauges_count_what_was_lost(page, served):
     page.get_by_text("Questions for the locality gauge").click()
+    page.wait_for_timeout(1000)  # Gradio makes what is inside only now, and sets its value once more
     page.fill("#questions textarea", f"{QUESTION}\n\nPlease say who started Brigar.\n{QUESTION}\n")
     teach(page, FACT["instruction"], QUESTION)
     seen(page, "#recall", "1 of 1")

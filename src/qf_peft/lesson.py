@@ -274,17 +274,19 @@ class Lesson:
         else:
             preserved, weights = self._weighed(preserved, new)
             strength = self.args.preserve_strength * total
-            mean = float((preserved.float().square().sum(1) * weights).sum()) / width
+            squares = torch.linalg.vector_norm(preserved, dim=1, dtype=torch.float32).square()
+            mean = float((squares * weights).sum()) / width
             bound.floor += self.args.ridge * strength * mean
             if self.args.solver == "null_space":
                 moment = SecondMoment(width).update(preserved, weights)
                 change = null_space(new.keys, new.residual, moment, _NULL, bound, new.significance)
                 bound.update(new.keys, new.significance)
             else:  # preserved keys are taught to have their outputs before the first lesson: what was moved comes back
-                keys = preserved.to(new.keys)
-                moved = 0 * before(keys) if known.styled else before(keys)
-                if name in known.foundation and not known.styled:
-                    moved = moved - known.foundation[name].to(keys.dtype)(keys)
+                keys, moved = preserved.to(new.keys), new.residual.new_zeros(len(preserved), new.residual.shape[1])
+                if not known.styled and before.A.any() and before.B.any():
+                    moved = before(keys)
+                    if name in known.foundation:
+                        moved = moved - known.foundation[name].to(keys.dtype)(keys)
                 stays = TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
                 change = beside(bound, new, stays)
         if preserved is None:

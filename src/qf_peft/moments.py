@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ROWS, _COLUMNS = 4096, 4096  # of one block of a product
+_ROWS, _COLUMNS = 4096, 1024  # of one block of a product
 _EXACT = 2048  # rows whose eigenvectors are soon found
 
 
@@ -147,7 +147,7 @@ def add_gram(matrix: Tensor, rows: Tensor) -> None:
 def _leading(whole: Tensor, count: int, rooted: bool) -> tuple[Tensor, Tensor]:
     """About the largest eigenvalues of C (ascending, float64) and rows whose squares sum to C's part along them.
 
-    Three multiplications of C with random vectors find their span, a fourth one C within it. `whole` is C, or with
+    Two multiplications of C with random vectors find their span, a third one C within it. `whole` is C, or with
     `rooted` a root K of it.
     """
 
@@ -157,8 +157,7 @@ def _leading(whole: Tensor, count: int, rooted: bool) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(whole.shape[1], count, generator=generator).to(whole)
     basis = torch.linalg.qr(apply(random)).Q
-    for _ in range(2):
-        basis = torch.linalg.qr(apply(basis)).Q
+    basis = torch.linalg.qr(apply(basis)).Q
     values, vectors = torch.linalg.eigh((basis.T @ apply(basis)).double())
     values = values.clamp(min=0)
     return values, (basis.double() @ vectors).T * values.sqrt()[:, None]

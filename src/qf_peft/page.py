@@ -63,8 +63,9 @@ class Page:
         self.session, self.folder, self.max_new_tokens = session, folder, max_new_tokens
         self.stopped = Event()
 
-    def enter(self, view: View) -> tuple:
-        return view, view.shown, *self.taught("")
+    def enter(self) -> tuple:
+        """What was taught before this visit; the chat is left alone, which may have begun already."""
+        return self.taught("")[1:]
 
     def ask(self, message: str, view: View, adapter: bool) -> Iterator[tuple]:
         """Answers piece by piece: view, chat, the message's field, the question to teach, status."""
@@ -235,7 +236,7 @@ def build(
                         label="Answer", placeholder="empty: the model's own, knowing the above", elem_id="answer"
                     )
                 teach = gr.Button("Teach", variant="primary")
-                facts = gr.CheckboxGroup(label="Taught (0)", elem_id="facts")
+                facts = gr.CheckboxGroup(label="Taught", elem_id="facts")
                 with gr.Row():
                     forget = gr.Button("Forget ticked")
                     undo = gr.Button("Undo")
@@ -248,7 +249,7 @@ def build(
                     save = gr.Button("Save")
 
         changed = [view, chat, status, facts, gauges]
-        blocks.load(page.enter, [view], changed, **hidden)
+        blocks.load(page.enter, None, [facts, gauges], **hidden)
         gr.on(
             [send.click, message.submit], page.ask, [message, view, adapter], [view, chat, message, question, status],
             concurrency_limit=4, **hidden,

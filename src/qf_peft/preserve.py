@@ -358,6 +358,10 @@ def nearest(starts: Tensor, taught: Tensor, count: int) -> list[int]:
     return list(dict.fromkeys(ranked))[:count]
 
 
+def _norms(keys: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(keys, dim=1, dtype=torch.float32).clamp(min=1e-12)
+
+
 def nearness(keys: Tensor, taught: Tensor, significance: Tensor) -> Tensor:
     """Weights of preserved keys (m, d_in) by how alike they are to what is taught: (m), summing to 1.
 
@@ -365,7 +369,8 @@ def nearness(keys: Tensor, taught: Tensor, significance: Tensor) -> Tensor:
     near a taught key is what teaching endangers.
     """
     chosen = significance.topk(min(256, len(significance))).indices
-    unit = torch.nn.functional.normalize
-    alike = (unit(keys.float(), dim=1) @ unit(taught[chosen].float(), dim=1).T).clamp(min=0).square()
-    weights = alike @ significance[chosen] + 1e-12
+    unit = torch.nn.functional.normalize(taught[chosen].float(), dim=1)
+    # In the keys' own dtype, which is what they were computed in: no copy of them, and fast.
+    alike = (keys @ unit.to(keys.dtype).T).float() / _norms(keys)[:, None]
+    weights = alike.clamp(min=0).square() @ significance[chosen] + 1e-12
     return weights / weights.sum()

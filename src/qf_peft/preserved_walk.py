@@ -56,15 +56,15 @@ class PreservedWalk:
             self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")}, index)["keys"]
 
     def keys(self, name: str) -> Tensor:
-        """(m, d_in) float32."""
+        """(m, d_in), in the model's dtype."""
         lesson = self.lesson
-        cached = lesson.preserved.keys[name][self.still].float()
+        cached = lesson.preserved.keys[name][self.still]
         if self.walk is None:
             return cached
         if name != self.first:
             self.walk.advance(lesson.index[name])
             self.found = self.walk.look(self.walk.at, {"keys": Point(lesson.layers[name], "input")})["keys"]
-        return torch.cat([self.found, cached.to(self.found.device)])
+        return torch.cat([self.found.to(cached.dtype), cached.to(self.found.device)])
 
 
 def middle(names: list[str]) -> str:

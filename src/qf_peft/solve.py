@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .moments import SecondMoment, add_gram, row_blocks
 
+_COLUMNS = 1024  # of one block of a wide matrix
 _LARGE = 2048  # rows of a Gram matrix whose eigenvectors take too long
 
 
@@ -138,19 +139,20 @@ def minimum_norm(keys: Tensor, residual: Tensor, significance: Tensor | None = N
     noise = (width * torch.finfo(dtype).eps) ** 2
     if n <= width:
         gram = y.new_zeros(n, n, dtype=torch.float64)
-        for part in row_blocks(width):
-            block = y[:, part].double() * root
-            gram += block @ block.T
-        weights, wide = _pseudo_solve(gram, r.double() * root, noise) * root, None
+        for part in row_blocks(width, _COLUMNS):
+            block = y[:, part] * root  # float64, as the root is
+            gram.addmm_(block, block.T)
+        del block
+        weights, wide = _pseudo_solve(gram, r * root, noise).mul_(root), None
         if r.shape[1] <= n:  # d_out × d_in is smaller than n × d_in
             wide = sum_of_products(weights, y)
         delta = LowRankDelta(A=y.double(), B=weights.T) if wide is None else _rows(wide)
     else:
         gram, cross = y.new_zeros(width, width, dtype=torch.float64), 0.0
         for part in row_blocks(n):
-            block = y[part].double() * root[part]
+            block = y[part] * root[part]
             add_gram(gram, block)
-            cross = cross + block.T @ (r[part].double() * root[part])
+            cross = cross + block.T @ (r[part] * root[part])
         delta = _rows(_pseudo_solve(gram, cross, noise).T)
     return (delta if min(n, width) > _LARGE and delta.rank == r.shape[1] else delta.compressed()).to(dtype)
 
@@ -227,18 +229,18 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
     moves = [part.any(1) for part in wanted]  # rows whose output shall change; ΔW has no higher rank
     few, outs = sum(int(part.sum()) for part in moves) < wanted[0].shape[1], wanted[0].shape[1]
     if bound.root is not None:
-        keys = bound.root.double()
-        gram = keys @ keys.T
+        keys = bound.root
+        gram = _gram(keys, bound.floor)
         gram.diagonal().add_(bound.floor)
-        factor, before = torch.linalg.cholesky(gram), len(keys) - sum(map(len, wanted))
+        factor, before = torch.linalg.cholesky(gram, out=gram), len(keys) - sum(map(len, wanted))
         if few:
             chosen = before + torch.cat(moves).nonzero()[:, 0]
-            unit = keys.new_zeros(len(keys), len(chosen))
+            unit = gram.new_zeros(len(keys), len(chosen))
             unit[chosen, torch.arange(len(chosen), device=unit.device)] = 1.0
-            change = torch.cholesky_solve(unit, factor).T @ keys
-            return LowRankDelta(A=change, B=torch.cat([w[m] for w, m in zip(wanted, moves, strict=True)]).T)
-        all_wanted = torch.cat([keys.new_zeros(before, outs), *wanted])
-        return _rows(torch.cholesky_solve(all_wanted, factor).T @ keys)
+            change = torch.cholesky_solve(unit, factor).T.to(keys.dtype) @ keys
+            return LowRankDelta(A=change.double(), B=torch.cat([w[m] for w, m in zip(wanted, moves, strict=True)]).T)
+        all_wanted = torch.cat([gram.new_zeros(before, outs), *wanted])
+        return _rows((torch.cholesky_solve(all_wanted, factor).T.to(keys.dtype) @ keys).double())
     del wanted
     system = bound.matrix.clone()
     system.diagonal().add_(bound.floor)
@@ -248,7 +250,8 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
         keys = torch.cat([rows.keys[m].double() * root[m] for rows, root, m in pairs])
         residual = torch.cat([rows.residual[m].double() * root[m] for rows, root, m in pairs])
         return LowRankDelta(A=torch.cholesky_solve(keys.T, factor).T, B=residual.T)
-    cross = sum(sum_of_products(rows.residual, rows.keys, rows.significance) for rows in parts)
+    moved = [rows for rows, move in zip(parts, moves, strict=True) if bool(move.any())]
+    cross = sum(sum_of_products(rows.residual, rows.keys, rows.significance) for rows in moved)
     return _rows(torch.cholesky_solve(cross.T, factor).T)
 
 
@@ -343,7 +346,8 @@ def sum_of_products(left: Tensor, right: Tensor, weights: Tensor | None = None) 
     for part in row_blocks(len(left)):
         rows = left[part].to(dtype)
         rows = rows if weights is None else rows * weights[part, None].to(dtype)
-        total += rows.T @ right[part].to(dtype)
+        for some in row_blocks(right.shape[1], _COLUMNS):
+            total[:, some] += rows.T @ right[part, some].to(dtype)
     return total
 
 
@@ -353,19 +357,21 @@ def _rows(dense: Tensor) -> LowRankDelta:
 
 
 def _pseudo_solve(gram: Tensor, wanted: Tensor, noise: float) -> Tensor:
-    """G⁺ Z of a positive semidefinite G (k, k) and Z (k, m); eigenvalues below `noise` of the largest count as 0."""
+    """G⁺ Z of a positive semidefinite G (k, k) and Z (k, m); eigenvalues below `noise` of the largest count as 0.
+
+    G itself may be overwritten.
+    """
     if len(gram) <= _LARGE:
         values, vectors = torch.linalg.eigh(gram)
         kept = values > noise * values.max() if values.numel() and values.max() > 0 else torch.zeros_like(values).bool()
         vectors, values = vectors[:, kept], values[kept]
         return vectors @ ((vectors.T @ wanted) / values[:, None])
     shift = noise * _largest_eigenvalue(gram)
-    shifted = gram.clone()
-    shifted.diagonal().add_(shift)
-    factor = torch.linalg.cholesky(shifted, out=shifted)
+    gram.diagonal().add_(shift)
+    factor = torch.linalg.cholesky(gram, out=gram)
     solution = torch.cholesky_solve(wanted, factor)
-    for _ in range(3):
-        solution += torch.cholesky_solve(wanted - gram @ solution, factor)
+    for _ in range(3):  # the refinement x + (G + δ)⁻¹ (Z − G x), with one term less
+        solution = torch.cholesky_solve(solution.mul_(shift).add_(wanted), factor)
     return solution
 
 
@@ -394,6 +400,16 @@ def _checked(keys: Tensor, residual: Tensor, significance: Tensor | None) -> tup
     if not bool(torch.isfinite(s).all()) or bool((s < 0).any()):
         raise ValueError("significance has a value that is negative or not finite; expected numbers from 0 up")
     return s.sqrt(), s > 0
+
+
+def _gram(keys: Tensor, floor: float) -> Tensor:
+    """K Kᵀ in float64, its products in float32 where their rounding (some eps √m of the largest row's square) is well
+    below the floor that is added to it."""
+    rounding = torch.finfo(torch.float32).eps * len(keys) ** 0.5 * float(keys.square().sum(1).amax())
+    if 4 * rounding < floor:
+        return (keys @ keys.T).double()
+    wide = keys.double()
+    return wide @ wide.T
 
 
 def _dense(moment: SecondMoment, like: Tensor) -> Tensor:
