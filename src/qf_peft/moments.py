@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ROWS, _COLUMNS = 4096, 1024  # of one block of a product
+_ROWS, _COLUMNS = 4096, 512  # of one block of a product
 _EXACT = 2048  # rows whose eigenvectors are soon found
 
 

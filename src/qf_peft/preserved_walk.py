@@ -58,9 +58,10 @@ class PreservedWalk:
     def keys(self, name: str) -> Tensor:
         """(m, d_in), in the model's dtype."""
         lesson = self.lesson
-        cached = lesson.preserved.keys[name][self.still]
+        cached = lesson.preserved.keys[name]
         if self.walk is None:
             return cached
+        cached = cached[self.still]
         if name != self.first:
             self.walk.advance(lesson.index[name])
             self.found = self.walk.look(self.walk.at, {"keys": Point(lesson.layers[name], "input")})["keys"]

@@ -406,10 +406,10 @@ def _gram(keys: Tensor, floor: float) -> Tensor:
     """K Kᵀ in float64, its products in float32 where their rounding (some eps √m of the largest row's square) is well
     below the floor that is added to it."""
     rounding = torch.finfo(torch.float32).eps * len(keys) ** 0.5 * float(keys.square().sum(1).amax())
-    if 4 * rounding < floor:
-        return (keys @ keys.T).double()
-    wide = keys.double()
-    return wide @ wide.T
+    rows = keys if 4 * rounding < floor else keys.double()
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    add_gram(gram, rows.T)
+    return gram
 
 
 def _dense(moment: SecondMoment, like: Tensor) -> Tensor:

@@ -226,10 +226,10 @@ class QFTrainer:
         results, misread, entries = [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
         for taught, standing in lessons:
-            chosen = list(range(len(taught)))
+            examples, chosen = [self.encoder.encode(row) for row in taught], list(range(len(taught)))
             for sweep in range(1 if standing else self.args.sweeps):
                 lesson = Lesson(
-                    self._tuner, self.adapter_name, self._network, [self.encoder.encode(taught[i]) for i in chosen],
+                    self._tuner, self.adapter_name, self._network, [examples[i] for i in chosen],
                     preserved, contrast, standing, known + len(taught) * (sweep > 0), sweep > 0, self.args,
                     self.encoder.tokenizer.pad_token_id, progress.update,
                 )  # fmt: skip
