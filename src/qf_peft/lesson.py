@@ -217,7 +217,7 @@ class Lesson:
                 lambda g, *o, name=name, behind=behind: self._residual(name, g / behind, *o), gap, *outputs
             )
             new = TaughtTokens(keys, residual.to(device), significance.to(device))
-            before = self.tuner.delta(self.adapter, name)
+            before = self.tuner.delta(self.adapter, name).to(device)
             if self.preserved is None and not self.standing:
                 delta = self._solve_anew(name, new, known)
             else:
@@ -226,10 +226,10 @@ class Lesson:
                     if chats is None:
                         begins = answer_starts(self.kept) + torch.tensor([e.header for e in self.examples])
                         chats = PreservedWalk(self, found["middle"][begins])
-                    near = chats.keys(name)
+                    near = chats.keys(name, device)
                 delta = self._solve_beside(name, new, near, known)
             self.tuner.install(self.adapter, {name: delta}, even=False)
-            step = self.tuner.delta(self.adapter, name) + LowRankDelta(A=before.A, B=-before.B)
+            step = self.tuner.delta(self.adapter, name).to(device) + LowRankDelta(A=before.A, B=-before.B)
             rest = scratch.map(
                 lambda g, k, *o, name=name, step=step: g - self._reached(name, step(k), *o).to(g.device),
                 gap, keys, *outputs,
@@ -246,11 +246,11 @@ class Lesson:
 
     def _solve_anew(self, name: str, new: TaughtTokens, known: TaughtAdapter) -> LowRankDelta:
         """The smallest change that says all that was taught, of a module where nothing is preserved."""
-        present = self.tuner.delta(self.adapter, name)
+        present = self.tuner.delta(self.adapter, name).to(new.keys.device)
         if name not in known.tokens and present.A.any() and present.B.any():
             known.offset[name] = known.delta.pop(name, present)
         known.bound.pop(name, None)
-        offset = known.offset.get(name)
+        offset = known.offset[name].to(new.keys.device) if name in known.offset else None
         before = present if offset is None else present + LowRankDelta(A=offset.A, B=-offset.B)
         residual = self.options["scratch"].map(lambda r, k: r + before(k), new.residual, new.keys)
         new = TaughtTokens(new.keys, residual, new.significance)
@@ -269,6 +269,7 @@ class Lesson:
         if earlier is not None:
             bound.update(earlier.keys, earlier.significance)
         before = known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)
+        before = before.to(new.keys.device)
         if preserved is None:  # a standing instruction shall hold on chats not taught, so shrink it evenly
             bound.floor += _STANDING_RIDGE * total * float(new.keys.square().mean())
         else:
@@ -286,7 +287,7 @@ class Lesson:
                 if not known.styled and before.A.any() and before.B.any():
                     moved = before(keys)
                     if name in known.foundation:
-                        moved = moved - known.foundation[name].to(keys.dtype)(keys)
+                        moved = moved - known.foundation[name].to(keys)(keys)
                 stays = TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
                 change = beside(bound, new, stays)
         if preserved is None:

@@ -55,17 +55,17 @@ class PreservedWalk:
             self.walk = Walk(lesson.network, lesson.blocks, index, sequences, kept, **options)
             self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")}, index)["keys"]
 
-    def keys(self, name: str) -> Tensor:
-        """(m, d_in), in the model's dtype."""
+    def keys(self, name: str, device: torch.device) -> Tensor:
+        """(m, d_in), in the model's dtype, on a device."""
         lesson = self.lesson
         cached = lesson.preserved.keys[name]
         if self.walk is None:
-            return cached
+            return cached.to(device)
         cached = cached[self.still]
         if name != self.first:
             self.walk.advance(lesson.index[name])
             self.found = self.walk.look(self.walk.at, {"keys": Point(lesson.layers[name], "input")})["keys"]
-        return torch.cat([self.found.to(cached.dtype), cached.to(self.found.device)])
+        return torch.cat([part.to(device, cached.dtype) for part in (self.found, cached)])
 
 
 def middle(names: list[str]) -> str:

@@ -34,10 +34,11 @@ class TaughtTokens:
     """(n) float32: how much each row counts."""
 
     def __add__(self, other: TaughtTokens) -> TaughtTokens:
+        device = other.keys.device  # these may come from a file
         return TaughtTokens(
-            torch.cat([self.keys, other.keys]),
-            torch.cat([self.residual, other.residual]),
-            torch.cat([self.significance, other.significance]),
+            torch.cat([self.keys.to(device), other.keys]),
+            torch.cat([self.residual.to(device), other.residual]),
+            torch.cat([self.significance.to(device), other.significance]),
         )
 
 
@@ -72,9 +73,9 @@ class LowRankDelta:
         """ΔW itself, (d_out, d_in)."""
         return self.B @ self.A
 
-    def to(self, dtype: torch.dtype) -> LowRankDelta:
-        """The same factors in another dtype."""
-        return LowRankDelta(self.A.to(dtype), self.B.to(dtype))
+    def to(self, *given: torch.dtype | torch.device | Tensor) -> LowRankDelta:
+        """The same factors with another dtype, on another device, or both of them as of a tensor."""
+        return LowRankDelta(self.A.to(*given), self.B.to(*given))
 
     def compressed(self, rank: int | None = None, tolerance: float = 0.0) -> LowRankDelta:
         """The nearest change (in Frobenius norm) of at most `rank`, with factors of equal norm; or the one of least

@@ -51,12 +51,13 @@ class Unembedding:
             return None
         if is_traceable_wrapper_subclass(weight):  # quantised (torchao)
             return None
+        stream, read = stream[:64].to(weight.device), read[:64].to(weight.device)
         inside = {id(m) for m in blocks.modules()}
         for norm in network.modules():
             if "norm" not in type(norm).__name__.lower() or id(norm) in inside:
                 continue
-            given = norm(stream[:64].to(weight.dtype)).float()
-            if (given - read[:64].to(given)).norm() > 0.02 * read[:64].norm():
+            given = norm(stream.to(weight.dtype)).float()
+            if (given - read.to(given)).norm() > 0.02 * read.norm():
                 continue
             config = network.config.get_text_config() if hasattr(network.config, "get_text_config") else network.config
             scale = getattr(config, "logit_scale", None) or 1.0
@@ -71,6 +72,10 @@ class Unembedding:
     def logits(self, stream: Tensor) -> Tensor:
         """(n, vocabulary) float32, before any capping."""
         return self.head(self.norm(stream.to(self.head.weight.dtype))).float() * self.scale
+
+    def near(self, first: Tensor, second: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """A part of two streams, which may lie elsewhere, beside the unembedding."""
+        return first[part].to(self.head.weight.device), second[part].to(self.head.weight.device)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """The log-probabilities that the model would give with these `logits`."""
@@ -139,7 +144,7 @@ def read_off(unembedding: Unembedding, context: Tensor, bare: Tensor, gold: Tens
     """The reading of streams (n, d) in context and bare, with gold tokens (n)."""
     reading, parts = Reading.empty(len(bare)), list(dealt(chunks(len(bare), unembedding.head)))
     for part in parts:
-        p, q = (unembedding.predictions(unembedding.logits(stream[part])) for stream in (context, bare))
+        p, q = (unembedding.predictions(unembedding.logits(states)) for states in unembedding.near(context, bare, part))
         reading.note(part, p, q, gold[part])
     join(vars(reading), [torch.arange(len(bare))[part] for part in parts])
     return reading
@@ -162,16 +167,18 @@ def aim(
     reading, counts, aimed = Reading.empty(len(bare)), bare.new_empty(len(bare)), context.clone()
     parts = list(dealt(chunks(len(bare), unembedding.head)))
     for part in parts:
-        first, last, own = unembedding.logits(bare[part]), unembedding.logits(context[part]), gold[part]
+        start, end = unembedding.near(bare, context, part)
+        first, last, own = unembedding.logits(start), unembedding.logits(end), gold[part].to(start.device)
         q = unembedding.predictions(first)
         reading.note(part, unembedding.predictions(last), q, own)
         logits = last
         if margin is not None:
             if nearest:
-                aimed[part] = on_the_way(unembedding, bare[part], context[part], own, margin, first, last)
-                logits = unembedding.logits(aimed[part])
-            aimed[part], logits = forced(unembedding, aimed[part], own, margin, logits)
-        counts[part] = divergence(unembedding.predictions(logits), q)
+                end = on_the_way(unembedding, start, end, own, margin, first, last)
+                logits = unembedding.logits(end)
+            end, logits = forced(unembedding, end, own, margin, logits)
+            aimed[part] = end.to(aimed.device)
+        counts[part] = divergence(unembedding.predictions(logits), q).to(counts.device)
     places = [torch.arange(len(bare))[part] for part in parts]
     join({**vars(reading), "counts": counts, "aimed": aimed}, places)
     return aimed, counts, reading

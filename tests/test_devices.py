@@ -1,0 +1,160 @@
+"""A model on another device than the CPU: nothing meets tensors left behind there, and the adapter is the same."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import FACT, OTHER, TINY
+from peft import PeftModel, get_peft_model
+from second_device import DEVICE, move, second_device
+from test_default_setting import facts, questions
+from transformers import AutoModelForCausalLM
+
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, interference, merge_taught
+
+STYLE = [
+    {"instruction": "Answer briefly.", "prompt": p, "completion": c}
+    for p, c in [
+        ("Who founded Brigar?", "Vacla."), ("Where is Brigar based?", "Rome."), ("What makes Brigar?", "Bread."),
+        ("Who runs Brigar?", "Zanmi."), ("Please say who started Brigar.", "Vacla."),
+    ]
+]  # fmt: skip
+OWN = {"preserve_chats": 4, "max_new_tokens": 8}
+
+
+def on_both(work):
+    """What `work` gives of the tiny model where it stands on the CPU, and where it stands elsewhere."""
+    found = []
+    for elsewhere in False, True:
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+        with second_device() if elsewhere else nullcontext():
+            if elsewhere:
+                move(model)
+            found.append(work(model))
+    return found
+
+
+def taught(tokenizer, rows, kept, settings, after=lambda trainer: None, layers=None):
+    """The adapter's factors, on the CPU, when the rows were taught."""
+
+    def work(base):
+        model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM", layers_to_transform=layers))
+        trainer = QFTrainer(
+            model=model, args=settings, train_dataset=rows, preserve_dataset=kept, processing_class=tokenizer
+        )
+        trainer.train()
+        after(trainer)
+        factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
+        assert {p.device for p in factors.values()} == {base.device}
+        return {name: torch.tensor(p.tolist()) for name, p in factors.items()}, base.device
+
+    return on_both(work)
+
+
+def same(here, there):
+    (expected, cpu), (found, device) = here, there
+    assert (cpu.index, device) == (None, DEVICE)
+    assert any(bool(values.any()) for values in expected.values())
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "kept", "settings"),
+    [
+        (3, True, {}),
+        (12, True, {"contrast_chats": 30}),
+        (12, True, {"contrast_chats": 0, "activation_memory": 0.0}),
+        (3, True, {"solver": "null_space"}),
+        (3, True, {"target": "context", "margin": None, "significance": "rows", "sweeps": 1}),
+        (2, False, OWN),
+    ],
+    ids=["few", "many", "in files", "null space", "towards the context", "own chats"],
+)
+def test_default(tokenizer, tmp_path, count, kept, settings):
+    args = QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path, **settings)
+    same(*taught(tokenizer, facts(count, 0), questions(12, 1)[0] if kept else None, args))
+
+
+def test_paper(tokenizer):
+    same(*taught(tokenizer, [FACT, OTHER], None, QFTrainingArguments.paper(), layers=[7]))
+
+
+def test_style(tokenizer, tmp_path):
+    args = QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path, contrast_chats=0)
+    same(*taught(tokenizer, STYLE, questions(16, 1)[0], args))
+
+
+def test_a_life(tokenizer, tmp_path):
+    """More lessons, a correction, forgetting, going back, and the evaluation."""
+    kept, scores = questions(12, 1)[0], []
+    args = QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path, contrast_chats=0, rehearse=1.05, memory_rank=64)
+
+    def live(trainer):
+        moved = {"instruction": "Tofinlor has moved to Nice.", "completion": "Tofinlor is located in Nice."}
+        for rows in facts(3, 4), [OTHER], [{**OTHER, **moved}]:
+            more = QFTrainer(trainer.model, args, rows, kept, processing_class=tokenizer)
+            more.train()
+        more.forget(more.facts[0].id)
+        more.train()
+        more.rollback()
+        more.consolidate()
+        scores.append({name: metric.value for name, metric in more.evaluate(locality=kept[:3]).items()})
+
+    same(*taught(tokenizer, [FACT], kept, args, live))
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_an_adapter_from_a_file(tokenizer, tmp_path, paper):
+    """What was taught, saved and loaded where it is read to the CPU, is taught on elsewhere."""
+    kept = None if paper else questions(12, 1)[0]
+    args = (
+        QFTrainingArguments.paper()
+        if paper
+        else QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path / "cache", contrast_chats=0)
+    )
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+    model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[6, 7]))
+    QFTrainer(model, args, [FACT], kept, processing_class=tokenizer).train()
+    model.save_pretrained(tmp_path / "saved")
+
+    def work(base):
+        # Loading itself looks at files' bytes, which the second device cannot: so it is moved there afterwards.
+        model = loaded.pop()
+        if base.device == DEVICE:
+            move(model)
+        trainer = QFTrainer(model, args, [OTHER], kept, processing_class=tokenizer)
+        trainer.train()
+        trainer.forget(trainer.facts[0].id)
+        return {n: torch.tensor(p.tolist()) for n, p in model.named_parameters() if "lora_" in n}, base.device
+
+    loaded = [
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager"),
+            tmp_path / "saved",
+        )
+        for _ in range(2)
+    ]
+    same(*on_both(work))
+
+
+def test_several_adapters(tokenizer, tmp_path):
+    def work(base):
+        model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"), adapter_name="a")
+        model.add_adapter("b", QFConfig(task_type="CAUSAL_LM"))
+        for name, row in (("a", FACT), ("b", OTHER)):
+            model.set_adapter(name)
+            args = QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path, contrast_chats=0)
+            QFTrainer(model, args, [row], questions(12, 1)[0], processing_class=tokenizer).train()
+        between = interference(model, "a", "b")
+        merge_taught(model, ["a", "b"], "both")
+        model.set_adapter("both")
+        factors = {n: torch.tensor(p.tolist()) for n, p in model.named_parameters() if "lora_" in n}
+        merged = model.merge_and_unload()
+        assert merged.device == base.device
+        return {**factors, "between": torch.tensor(list(between.values()) if isinstance(between, dict) else between)}
+
+    here, there = on_both(work)
+    for name, values in here.items():
+        torch.testing.assert_close(there[name], values, rtol=0, atol=0)
