@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -346,17 +346,22 @@ class QFModel(LoraModel):
         if version.taught is not None:
             self.taught[adapter_name] = version.taught
 
-    @contextmanager
-    def without_adapters(self) -> Iterator[None]:
+    def without_adapters(self) -> AbstractContextManager[None]:
         """The base model, for a while; unlike PEFT's `disable_adapter` it leaves `requires_grad` as it was."""
-        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
+        return adapters_off(self.model)
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """While open, the adapters inside a module do nothing."""
+    layers = [m for m in module.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
         for layer in layers:
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
+            layer._disable_adapters = False
 
 
 def padded(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .blocks import find_blocks, split_path
@@ -23,6 +22,7 @@ from .checks import check_teachable
 from .coloured import Token, ansi, html
 from .evaluation import Evaluator, Metric, normalise, proportion
 from .ledger import asked
+from .model import adapters_off
 from .plots import bars, lines
 from .rows import Row
 from .target import divergence
@@ -247,7 +247,7 @@ class _Sums:
             if index in self.edited:
                 self._again = True
                 try:
-                    with _off(block):
+                    with adapters_off(block):
                         plain = self._kept(block(*args, **kwargs))
                 finally:
                     self._again = False
@@ -262,18 +262,6 @@ class _Sums:
                     self.along[which] += float((written * change).sum())
 
         return hook
-
-
-@contextmanager
-def _off(block: nn.Module) -> Iterator[None]:
-    layers = [m for m in block.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 @torch.no_grad()
