@@ -1,6 +1,7 @@
 """Save, load, merge, unmerge: a taught adapter in 32 and 16 bits."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -210,3 +211,37 @@ def test_device_map(tokenizer, tmp_path, device_map):
     merged = model.merge_and_unload(safe_merge=True)
     assert torch.allclose(logits(merged, tokenizer), taught, atol=1e-4)
     assert any(p.device.type == "meta" for p in merged.parameters()) == offloaded
+
+
+def test_loading_while_it_is_saved(tiny, tokenizer, tmp_path):
+    """Those who load finish a save that seems broken off; the one who saves is not disturbed by it, nor they."""
+    model = get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7]))
+    QFTrainer(model, QFTrainingArguments.paper(), [FACT], processing_class=tokenizer).train()
+    model.save_pretrained(tmp_path)
+    stop, loaded, wrong = threading.Event(), [0] * 3, []
+
+    def load(number):
+        try:
+            while not stop.is_set():
+                assert QFConfig.from_pretrained(tmp_path).layers_to_transform == [7]
+                loaded[number] += 1
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=load, args=[number], daemon=True) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            model.save_pretrained(tmp_path)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert not wrong
+    assert min(loaded) > 10
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager"), tmp_path
+    )
+    assert len(again.base_model.taught["default"].entries) == 1
+    assert {p.name for p in tmp_path.iterdir() if p.name.startswith(".")} == set()

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +105,20 @@ def _take_over(source: Path, target: Path) -> None:
 def settle(folder: str | os.PathLike) -> None:
     """Finish a save that was taken over but broken off."""
     incoming = Path(folder, _INCOMING)
-    if not incoming.is_dir():
+    try:
+        names = {path.name for path in incoming.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
         return
-    names = {path.name for path in incoming.iterdir()}
-    for path in sorted(incoming.iterdir()):
-        path.replace(Path(folder, path.name))
+    for name in sorted(names):
+        with suppress(FileNotFoundError):  # the one who saves, or another who loads, is at it too
+            (incoming / name).replace(Path(folder, name))
     # A save without statistics leaves none of an earlier one behind; after a break these were moved before.
     kept = Path(folder, STATISTICS_NAME)
     if STATISTICS_NAME not in names and kept.is_file() and not _belongs(Path(folder)):
-        kept.unlink()
+        kept.unlink(missing_ok=True)
         Path(folder, LEDGER_NAME).unlink(missing_ok=True)
-    incoming.rmdir()
+    with suppress(OSError):
+        incoming.rmdir()
 
 
 def _belongs(folder: Path) -> bool:
