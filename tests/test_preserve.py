@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 import qf_peft.preserve as preserve
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.capture import Point, forward_pass
+from qf_peft.generic_prompts import FACTUAL, OPEN
 from qf_peft.preserve import nearest, nearness, preserved_keys, read_preserve_dataset, write_chats
 from qf_peft.rows import Encoder
 
@@ -157,7 +158,7 @@ def test_generic_prompts_where_the_model_cannot_write(tokenizer):
     plain = AutoTokenizer.from_pretrained(TINY)
     plain.chat_template = None
     chats = write_chats(random_model("gpt2"), Encoder(plain), 40, 0, lambda n: None)
-    assert [c.prompt for c in chats] == list(preserve.GENERIC_PROMPTS)
+    assert [c.prompt for c in chats] == [*FACTUAL, *OPEN]
 
 
 def test_few_keys_make_no_square_matrix(tiny, tokenizer, tmp_path, monkeypatch):

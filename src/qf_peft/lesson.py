@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 _FLOOR, _CEILING = 0.02, 5.0  # of a token's significance by KL
 _STANDING_RIDGE = 0.1  # of a standing instruction's solve, over the significance times the keys' mean square
+SAID = 0.5  # nats by which a token must lead where lessons are solved jointly
 SAFE = 2.0  # nats by which a token must lead to count as said: less is soon lost to other lessons
 _NULL = 1e-2  # AlphaEdit's threshold of a null direction, relative to the mean eigenvalue
 
@@ -396,6 +397,8 @@ def together(results: list[dict[str, float]]) -> dict[str, float]:
     merged = dict(results[-1])
     for name in ("kl_before", "kl_after", "residual_left") if "kl_before" in merged else ("residual_left",):
         merged[name] = sum(n * metrics[name] for n, metrics in zip(tokens, results, strict=True)) / sum(tokens)
+    for metrics in results:
+        merged = {**metrics, **merged}
     merged["taught_tokens"] = sum(tokens)
     merged["forward_passes"] = round(sum(metrics["forward_passes"] for metrics in results), 2)
     return merged
@@ -416,14 +419,15 @@ def _normed(gain: Tensor, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def unsaid(network: nn.Module, examples: list[Example], **options: Any) -> list[int]:
-    """The examples whose completion the model, as it is, does not say safely: somewhere the token's lead is small."""
+def unsaid(network: nn.Module, examples: list[Example], least: float, **options: Any) -> list[int]:
+    """The examples whose completion the model, as it is, does not say safely: somewhere the token's lead is
+    less than `least` nats."""
     gold = torch.tensor([token for e in examples for token in e.targets])
     answer = torch.tensor([k >= e.header for e in examples for k in range(e.taught)])
     kept = [e.taught for e in examples]
 
     def compare(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
-        short = lead(logits, gold[order].to(logits.device))[0].cpu() < SAFE
+        short = lead(logits, gold[order].to(logits.device))[0].cpu() < least
         return {"wrong": short & answer[order]}
 
     wrong = forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)["wrong"]

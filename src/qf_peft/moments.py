@@ -75,6 +75,21 @@ class SecondMoment:
         twin.matrix = None if self.matrix is None else self.matrix.to(torch.float64, copy=True)
         return twin
 
+    def scale(self, factor: float) -> SecondMoment:
+        """Multiply all by a factor ≥ 0. Returns itself."""
+        if self.root is not None:
+            self.root = self.root * factor**0.5
+        else:
+            self.matrix = self.matrix * factor
+        self.floor *= factor
+        return self
+
+    def to(self, device: torch.device) -> SecondMoment:
+        """Move to a device. Returns itself."""
+        self.root = None if self.root is None else self.root.to(device)
+        self.matrix = None if self.matrix is None else self.matrix.to(device)
+        return self
+
     def compact(self, rank: int) -> SecondMoment:
         """Bound the memory: C in float32, and where d_in > `rank`, and there are more than twice as many rows, the
         `rank` largest directions as rows. Returns itself.
@@ -102,6 +117,26 @@ class SecondMoment:
         self.matrix = None
         self.floor += float(lost) / 2
         return self
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """`rows` (n, d_in) times (C + floor I)⁻¹: (n, d_in) float64; by Cholesky factors of C, or where its root K has
+        fewer rows of K Kᵀ + floor I (Woodbury).
+
+        Raises:
+            ValueError: the floor is not positive.
+        """
+        if not self.floor > 0:
+            raise ValueError(f"floor={self.floor!r}; expected a positive number")
+        rows = rows.double()
+        if self.matrix is not None:
+            system = self.matrix.to(rows.device, torch.float64, copy=True)
+            system.diagonal().add_(self.floor)
+            return torch.cholesky_solve(rows.T, torch.linalg.cholesky(system)).T
+        root = self.root.to(rows)
+        small = root @ root.T
+        small.diagonal().add_(self.floor)
+        inner = torch.cholesky_solve(root @ rows.T, torch.linalg.cholesky(small))
+        return (rows - inner.T @ root) / self.floor
 
     @property
     def trace(self) -> float:

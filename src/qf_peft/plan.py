@@ -7,6 +7,7 @@ from typing import Any
 from .blocks import find_blocks, split_path
 from .checks import check_teachable
 from .ledger import asked, check_consistent
+from .preserved_walk import OWN_CHATS
 from .trainer import QFTrainer
 
 
@@ -44,7 +45,7 @@ def plan(trainer: QFTrainer) -> dict[str, Any]:
         "longest": max((len(e.context_ids) for e in examples), default=0),
         "modules": modules,
         "chats": given if preserves else 0,
-        "chats_to_write": (0 if given else args.preserve_chats if preserves else 0) + contrast,
+        "chats_to_write": (0 if given or not preserves else args.preserve_chats or OWN_CHATS) + contrast,
         "forward_passes": round(passes, 2),
         "forward_passes_at_most": round(passes * args.sweeps, 2),
     }

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .capture import Point, forward_pass
 from .generation import generate
+from .generic_prompts import FACTUAL, OPEN
 from .processes import check_alike, exchange, writes_cache
 from .quantized import sample
 from .rows import Encoder, Row, Text, read_messages
@@ -31,18 +32,6 @@ _FORMAT = 2
 _ANSWER_TOKENS = 64  # as much of an answer as is kept
 _WRITING_TOKENS = 4096  # at once; what is sampled depends on it
 _MOST_KEYS = 8192  # of one module; more are thinned out evenly
-
-# For models that write no user turns of their own.
-GENERIC_PROMPTS = (
-    "What is the capital of France?", "Write a short poem about the sea.", "How do I boil an egg?",
-    "Explain what a computer is to a child.", "Translate 'good morning' into Spanish.", "What is 17 plus 25?",
-    "Who wrote Romeo and Juliet?", "Give me three tips for sleeping well.", "Summarise the plot of a fairy tale.",
-    "What is your name?", "Tell me a joke.", "Why is the sky blue?", "List five kinds of fruit.",
-    "Write a Python function that adds two numbers.", "What should I cook tonight?", "Describe a rainy day.",
-    "When did the Second World War end?", "How does a bicycle stay upright?", "Give me a synonym of 'happy'.",
-    "What is the largest planet?", "How can I learn to play the piano?", "Write a polite email declining a meeting.",
-    "What are the primary colours?", "Who was Marie Curie?",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ def write_chats(
         )
         turns = list(dict.fromkeys(text for text, ended in answers if ended and text))[:count]
     if len(turns) < count / 2:
-        turns += [p for p in GENERIC_PROMPTS if p not in turns]
+        turns += [p for p in (*FACTUAL, *OPEN) if p not in turns]
     return [Chat(turn) for turn in turns]
 
 
@@ -203,6 +192,40 @@ def _measure(
     batch_tokens: int,
     progress: Callable[[int], None],
 ) -> Preserved:
+    sequences, kept, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
+    thinned = max(1, -(-sum(kept) // _MOST_KEYS))
+    if thinned > 1 and not starts_only:
+        sequences, kept, prompts = sequences[::thinned], kept[::thinned], prompts[::thinned]
+    points = {name: Point(module, "input") for name, module in modules.items()}
+    dtype = network.get_input_embeddings().weight.dtype
+    found = forward_pass(
+        network,
+        sequences,
+        kept,
+        points,
+        batch_tokens=batch_tokens,
+        pad_id=encoder.tokenizer.pad_token_id,
+        progress=progress,
+    )
+    if starts_only:
+        starts = answer_starts(kept)
+        found = {name: keys[starts] for name, keys in found.items()}
+    return Preserved(sequences, kept, {name: keys.to("cpu", dtype) for name, keys in found.items()}, prompts)
+
+
+def answered_chats(
+    network: nn.Module,
+    encoder: Encoder,
+    chats: list[Chat],
+    batch_tokens: int,
+    progress: Callable[[int], None],
+) -> tuple[list[list[int]], list[int], list[Text | None]]:
+    """Chats as token ids, those without an answer answered by the model; how many of each one's last steps are the
+    answer's (all of plain text's); and their prompts. Chats too long for the model are left out.
+
+    Raises:
+        ValueError: every chat is too long.
+    """
     rows = [Row(i, "", c.prompt, c.completion) if c.text is None else None for i, c in enumerate(chats)]
     silent = [row for row in rows if row is not None and row.completion is None]
     answers = generate(
@@ -230,24 +253,7 @@ def _measure(
             prompts.append(chat.prompt)
     if not sequences:
         raise ValueError("every chat to be preserved is longer than the model allows; give shorter ones")
-    thinned = max(1, -(-sum(kept) // _MOST_KEYS))
-    if thinned > 1 and not starts_only:
-        sequences, kept, prompts = sequences[::thinned], kept[::thinned], prompts[::thinned]
-    points = {name: Point(module, "input") for name, module in modules.items()}
-    dtype = network.get_input_embeddings().weight.dtype
-    found = forward_pass(
-        network,
-        sequences,
-        kept,
-        points,
-        batch_tokens=batch_tokens,
-        pad_id=encoder.tokenizer.pad_token_id,
-        progress=progress,
-    )
-    if starts_only:
-        starts = answer_starts(kept)
-        found = {name: keys[starts] for name, keys in found.items()}
-    return Preserved(sequences, kept, {name: keys.to("cpu", dtype) for name, keys in found.items()}, prompts)
+    return sequences, kept, prompts
 
 
 def answer_starts(kept: Sequence[int]) -> Tensor:
@@ -271,16 +277,21 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def _write(path: Path, identity: str, preserved: Preserved) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: keys.contiguous() for name, keys in preserved.keys.items()}
     header = {
         "identity": identity, "sequences": preserved.sequences, "kept": preserved.kept, "prompts": preserved.prompts,
         "sum": _sum(tensors),
     }  # fmt: skip
+    write_tensors(path, tensors, {"preserved": json.dumps(header)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"preserved": json.dumps(header)})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from .walk import Walk
 if TYPE_CHECKING:
     from .lesson import Lesson
 
+OWN_CHATS = 400  # written by the model where none are given
 FEW = 10  # rows, up to which what an adapter is taught disturbs only what lies nearest to it
 
 
@@ -99,7 +100,7 @@ def preserved_chats(
         "batch_tokens": args.batch_tokens, "seed": args.seed, "cache_dir": args.cache_dir,
         "progress": progress,
     }  # fmt: skip
-    own = 0 if chats is not None else args.preserve_chats
+    own = 0 if chats is not None else args.preserve_chats or OWN_CHATS
     with tuner.without_adapters():
         preserved = preserved_keys(network, encoder, layers, chats or [], own, **options)
         if contrast_count(rows, earlier, args.contrast_chats):

@@ -184,8 +184,22 @@ def aim(
     return aimed, counts, reading
 
 
+def pushed(unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest states to `stream` (n, d) at which each gold token leads by its own `margin` (n); and by how much it
+    leads at `stream` (n)."""
+    moved, ahead = stream.clone(), stream.new_empty(len(stream))
+    parts = list(dealt(chunks(len(stream), unembedding.head)))
+    for part in parts:
+        start = stream[part].to(unembedding.head.weight.device)
+        own, logits = gold[part].to(start.device), unembedding.logits(start)
+        ahead[part] = lead(logits, own)[0].to(ahead.device)
+        moved[part] = forced(unembedding, start, own, margin[part].to(start.device), logits)[0].to(moved.device)
+    join({"moved": moved, "ahead": ahead}, [torch.arange(len(stream))[part] for part in parts])
+    return moved, ahead
+
+
 def forced(
-    unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float, logits: Tensor, steps: int = 8
+    unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float | Tensor, logits: Tensor, steps: int = 8
 ) -> tuple[Tensor, Tensor]:
     """The nearest states to `stream` (n, d) at which each gold token leads by `margin` nats, and their logits.
 
@@ -193,10 +207,11 @@ def forced(
     leads already are left as they are.
     """
     moved, logits = stream.clone(), logits.clone()
+    margin = torch.as_tensor(margin, dtype=logits.dtype, device=stream.device).expand(len(stream))
     rows = torch.arange(len(stream), device=stream.device)
     for step in range(steps + 1):
         ahead, other = lead(logits[rows], gold[rows])
-        short = margin - ahead
+        short = margin[rows] - ahead
         behind = short > 1e-3
         if step == steps or not bool(behind.any()):
             break

@@ -17,19 +17,22 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .blocks import text_config
+from .blocks import find_blocks, text_config
 from .checks import active_qf_adapter, check_teachable
 from .evaluation import Evaluator, Metric, measure, paraphrase_rows, prompt_rows
 from .generation import generate
+from .joint_lesson import JointLesson, suits, writers_late
 from .ledger import Entry, asked, check_consistent, entry, joined
-from .lesson import Lesson, together, unsaid
+from .lesson import SAFE, SAID, Lesson, together, unsaid
 from .model import QFModel
 from .preserve import Preserved, read_preserve_dataset
+from .preserved_moments import PreservedMoments, preserved_moments
 from .preserved_walk import preserved_chats
 from .processes import all_or_none, check_alike, is_main, start, world_size
-from .rows import Encoder, Row, read_rows
+from .rows import Encoder, Example, Row, read_rows
 from .saving import weights_sum
 from .standing import split_lessons
+from .stream import trace_writers
 from .trackers import Trackers
 from .training_args import QFTrainingArguments
 
@@ -219,43 +222,59 @@ class QFTrainer:
     def _teach(self, rows: list[Row], progress: tqdm) -> None:
         """Teach rows beside what binds, and note them."""
         start, known = time.perf_counter(), len(self.facts)
-        preserved, contrast = self._preserved(len(rows), progress)
-        prompts = [p for p in preserved.prompts if p is not None] if preserved and self.args.standing else []
+        joint = self._joint(self.encoder.encode(rows[0]))
+        preserved, contrast, moments = None, None, None
+        if joint:
+            moments = self._moments(progress)
+        else:
+            preserved, contrast = self._preserved(len(rows), progress)
+        kept = moments or preserved
+        prompts = [p for p in kept.prompts if p is not None] if kept and self.args.standing else []
         lessons = split_lessons(rows, prompts, lambda asked, told: self._answers(asked, told, progress))
         progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
-        results, misread, entries = [], [], []
+        results, misread, entries, missed = [], [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
         for taught, standing in lessons:
             examples, chosen = [self.encoder.encode(row) for row in taught], list(range(len(taught)))
-            for sweep in range(1 if standing else self.args.sweeps):
-                lesson = Lesson(
+            for sweep in range(1 if standing or joint else self.args.sweeps):
+                given = (
                     self._tuner, self.adapter_name, self._network, [examples[i] for i in chosen],
                     preserved, contrast, standing, known + len(taught) * (sweep > 0), sweep > 0, self.args,
                     self.encoder.tokenizer.pad_token_id, progress.update,
                 )  # fmt: skip
-                metrics, unread, missed = lesson.run()
+                if joint and not standing:
+                    lesson = JointLesson(*given, rows=taught, encoder=self.encoder, moments=moments)
+                else:
+                    lesson = Lesson(*given)
+                metrics, unread, unsaid_now = lesson.run()
                 if sweep == 0:
                     results.append(metrics)
                     misread += [taught[i] for i in unread if id(taught[i]) in own]
                 else:
                     results[-1]["forward_passes"] += metrics["forward_passes"] * len(chosen) / len(taught)
-                chosen = [chosen[i] for i in missed]
+                chosen = [chosen[i] for i in unsaid_now]
                 if not chosen:
                     break
+            missed += [taught[i] for i in chosen if id(taught[i]) in own]
             entries += [entry(row, standing) for row in taught if id(row) in own]
         now = self._tuner.taught[self.adapter_name]
         entries = joined(now.entries, entries)
         rehearsed = now.rehearsed if known else len(entries)
         self._tuner.taught[self.adapter_name] = replace(now, entries=entries, rehearsed=rehearsed)
         if misread:
-            shown = ", ".join(str(row.index) if row.index >= 0 else repr(row.prompt) for row in misread[:20])
             logger.warning(
                 f"{len(misread)} of {len(rows)} rows are not read in context: with its instruction the model gives "
-                f"another answer than the completion (rows {shown}{', …' if len(misread) > 20 else ''})"
+                f"another answer than the completion (rows {_shown(misread)})"
+            )
+        if joint and missed:
+            logger.warning(
+                f"{len(missed)} of {len(rows)} rows are not said after the lesson (rows {_shown(missed)}): they do not "
+                f"fit beside what is preserved, at max_divergence={self.args.max_divergence:g}; raise it, give other "
+                "wordings of their questions, or teach fewer rows at once"
             )
         chats = sum(len(taught) for taught, _ in lessons) - len(rows)
         self.metrics = {
-            "facts": len(rows), "chats": chats, **together(results), "unread": len(misread),
+            "facts": len(rows), "chats": chats, **together(results), "unread": len(misread), "unsaid": len(missed),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
 
@@ -269,18 +288,23 @@ class QFTrainer:
         start = time.perf_counter()
         self._tuner.taught[self.adapter_name] = replace(taught, rehearsed=taught.facts)
         examples = [self.encoder.encode(row) for row in rows]
-        preserved, contrast = self._preserved(len(rows), progress)
-        pad = self.encoder.tokenizer.pad_token_id
-        for _ in range(self.args.sweeps):
-            examples = [
-                examples[i] for i in unsaid(self._network, examples, batch_tokens=self.args.batch_tokens, pad_id=pad)
-            ]
+        joint, pad = self._joint(examples[0]), self.encoder.tokenizer.pad_token_id
+        for _ in range(1 if joint else self.args.sweeps):
+            missed = unsaid(
+                self._network, examples, SAID if joint else SAFE, batch_tokens=self.args.batch_tokens, pad_id=pad
+            )
+            rows, examples = [rows[i] for i in missed], [examples[i] for i in missed]
             if not examples:
                 break
-            Lesson(
+            preserved, contrast = (None, None) if joint else self._preserved(len(rows), progress)
+            given = (
                 self._tuner, self.adapter_name, self._network, examples, preserved, contrast, False, taught.facts,
                 False, self.args, pad, progress.update,
-            ).run()  # fmt: skip
+            )  # fmt: skip
+            if joint:
+                JointLesson(*given, rows=rows, encoder=self.encoder, moments=self._moments(progress)).run()
+            else:
+                Lesson(*given).run()
         self.metrics["seconds"] += time.perf_counter() - start
         self.metrics["rank"] = self.model.peft_config[self.adapter_name].r
 
@@ -291,7 +315,11 @@ class QFTrainer:
         `train()` does it where it has not been done. It is the slow part the first time a model is taught.
         """
         with all_or_none(), self._ready() as progress:
-            self._preserved(len(self.rows), progress)
+            probe = self.encoder.prompt_ids(Row(0, "", "Who are you?", None), instructed=False)
+            if self._joint(probe):
+                self._moments(progress)
+            else:
+                self._preserved(len(self.rows), progress)
 
     @torch.no_grad()
     def evaluate(
@@ -393,6 +421,25 @@ class QFTrainer:
             self._trackers.log(group, metrics)
         return metrics
 
+    def _joint(self, example: Example | list[int]) -> bool:
+        """Whether lessons are solved jointly; `example` gives some tokens of real input."""
+        ids = example if isinstance(example, list) else example.bare_ids
+        blocks, names = find_blocks(self._network)[1], list(self._tuner.layers(self.adapter_name))
+        with self._tuner.without_adapters():
+            trace_writers(self._network, blocks, names, ids[:8], self._tuner.writers)
+        return suits(self._network, names, blocks, self._tuner.writers, ids[:8], self.args)
+
+    def _moments(self, progress: tqdm) -> PreservedMoments:
+        names, depth = list(self._tuner.layers(self.adapter_name)), len(find_blocks(self._network)[1])
+        layers = self._tuner.layers(self.adapter_name)
+        late = {name: layers[name] for name in writers_late(names, self._tuner.writers, depth)}
+        with self._tuner.without_adapters():
+            return preserved_moments(
+                self._network, self.encoder, late, self.chats, self.args.preserve_chats,
+                batch_tokens=self.args.batch_tokens, seed=self.args.seed, cache_dir=self.args.cache_dir,
+                progress=progress.update,
+            )  # fmt: skip
+
     def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
         return preserved_chats(
             self._tuner, self.adapter_name, self._network, self.encoder, self.chats, self.args, rows, len(self.facts),
@@ -469,6 +516,12 @@ class QFTrainer:
                 self.metrics = metrics
                 raise
             tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
+
+
+def _shown(rows: list[Row]) -> str:
+    """Rows by number or, from the ledger, by prompt; the first twenty."""
+    shown = ", ".join(str(row.index) if row.index >= 0 else repr(row.prompt) for row in rows[:20])
+    return shown + (", …" if len(rows) > 20 else "")
 
 
 @contextmanager

@@ -1,0 +1,210 @@
+"""What must stay, as second moments of the keys at every position of the preserved chats; cached on disk.
+
+Every position: the first token (whose keys are outliers: attention sinks), the system prompt, the question, the header
+and the answer. A tenth of the chats is held out: no solve sees them, and after a lesson the divergence of the model's
+predictions there says what it did to chats like them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .capture import Point, forward_pass
+from .generic_prompts import FACTUAL, OPEN
+from .moments import SecondMoment
+from .preserve import Chat, answered_chats, fingerprint, write_chats, write_tensors
+from .processes import check_alike, exchange, writes_cache
+from .rows import Encoder, Text
+
+logger = logging.get_logger(__name__)
+
+_FORMAT = 2
+_HELD_OUT = 10  # one chat of so many
+_OUTLIER = 8.0  # times the median norm, from which on a key is an attention sink's (SmolLM2: 10 to 500 times)
+_HELD = 100.0  # how much more a sink's key weighs than its norm gives it
+_PASS_KEYS = 4096  # tokens whose keys are held at once
+# What the model writes itself is bounded by its cost: two passes of some 80 tokens a chat, and their generation.
+_WRITTEN = 6.5e9  # parameters times chats: 48 chats at 135M, a minute's work on two CPU cores
+_FEWEST, _MOST = 16, 400
+
+
+@dataclass(frozen=True)
+class PreservedMoments:
+    """Chats to be preserved."""
+
+    moments: Mapping[str, SecondMoment]
+    """By module name: E[k kᵀ] over all positions of the chats that are not held out, each chat weighing the same and
+    half of it on its answer."""
+    prompts: list[Text | None]
+    """Each chat's prompt, None where it is plain text."""
+    held_out: list[list[int]]
+    """Token ids of the chats held out."""
+    answers: list[int]
+    """How many of each of these chats' last positions are answer positions."""
+    head: Tensor
+    """(Σ answers, d): what the unembedding reads there, with the base weights."""
+
+
+def preserved_moments(
+    network: nn.Module,
+    encoder: Encoder,
+    modules: Mapping[str, nn.Module],
+    chats: list[Chat] | None,
+    own: int | None,
+    *,
+    batch_tokens: int,
+    seed: int,
+    cache_dir: str | Path | None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> PreservedMoments:
+    """The moments of chats given, or of general prompts and `own` chats that the model writes itself; from the cache
+    where they are in it.
+
+    Args:
+        network: the model, its adapters off.
+        encoder: its tokenizer's.
+        modules: the modules that may be taught, by name.
+        chats: what to preserve; None for the default.
+        own: how many chats the model shall write then; None for as many as cost about a minute on two CPU cores.
+        batch_tokens, seed, cache_dir, progress: as in [`preserved_keys`].
+    """
+    if own is None:
+        size = sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n)
+        own = int(min(_MOST, max(_FEWEST, _WRITTEN / size)))
+    content = [(c.prompt, c.completion, c.text) for c in chats] if chats is not None else own
+    names = sorted(modules)
+    identity = hashlib.sha256(
+        json.dumps([_FORMAT, fingerprint(network), encoder.identity(), names, content, seed]).encode()
+    ).hexdigest()
+    folder = Path(cache_dir) if cache_dir is not None else Path(constants.HF_HOME) / "qf_peft"
+    path = folder / f"moments-{identity[:32]}.safetensors"
+    check_alike(lambda: {"model, or other chats to be preserved": identity})
+    cached = _read(path, identity, names)
+    if all(exchange(cached is not None)):
+        return cached
+    if chats is None:
+        general = [Chat(prompt) for prompt in (*FACTUAL, *OPEN)]
+        written = write_chats(network, encoder, own, seed, progress)
+        chats = [chat for pair in _dealt(general, written) for chat in pair]
+    made = _measure(network, encoder, modules, chats, batch_tokens, progress)
+    try:
+        if writes_cache():
+            _write(path, identity, made)
+    except OSError as error:  # a full disk or a folder that cannot be written costs the cache, not the lesson
+        logger.warning(f"the preserved moments could not be cached in {folder}: {error}")
+    return made
+
+
+def _dealt(first: list[Chat], second: list[Chat]) -> list[list[Chat]]:
+    """Two lists mixed evenly, so that those held out are of both."""
+    seen = {chat.prompt for chat in first}
+    second = [chat for chat in second if chat.prompt not in seen]
+    order = sorted([(i / len(part), k, i) for k, part in enumerate((first, second)) for i in range(len(part))])
+    return [[(first, second)[k][i]] for _, k, i in order]
+
+
+def _measure(
+    network: nn.Module,
+    encoder: Encoder,
+    modules: Mapping[str, nn.Module],
+    chats: list[Chat],
+    batch_tokens: int,
+    progress: Callable[[int], None],
+) -> PreservedMoments:
+    sequences, answers, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
+    held = set(range(_HELD_OUT - 1, len(sequences), _HELD_OUT)) or (
+        {len(sequences) - 1} if len(sequences) > 1 else set()
+    )
+    solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in held]
+    options = {"batch_tokens": batch_tokens, "pad_id": encoder.tokenizer.pad_token_id}
+    points = {name: Point(module, "input") for name, module in modules.items()}
+    moments: dict[str, SecondMoment] = {}
+    norms: dict[str, float] = {}
+    for first in _parts([len(ids) - 1 for ids, _ in solved]):
+        part = [solved[i] for i in first]
+        lengths = [len(ids) - 1 for ids, _ in part]
+        found = forward_pass(network, [ids for ids, _ in part], lengths, points, progress=progress, **options)
+        weights = torch.cat([_weights(length, count) for length, (_, count) in zip(lengths, part, strict=True)])
+        for name, keys in found.items():
+            moment = moments.setdefault(name, SecondMoment(keys.shape[1]))
+            norm = torch.linalg.vector_norm(keys, dim=1)
+            median = norms.setdefault(name, float(norm.median()))
+            moment.update(keys, weights.to(keys) * torch.where(norm > _OUTLIER * median, _HELD, 1.0) / len(solved))
+    chosen = sorted(held) or [0]
+    held_out, counts = [sequences[i] for i in chosen], [answers[i] for i in chosen]
+    head = Point(network.get_output_embeddings(), "input")
+    stream = forward_pass(network, held_out, counts, {"head": head}, **options)["head"]
+    dtype = network.get_input_embeddings().weight.dtype
+    return PreservedMoments(moments, prompts, held_out, counts, stream.to("cpu", dtype))
+
+
+def _weights(length: int, answer: int) -> Tensor:
+    """The weights of a chat's positions, which sum to 1: half on its answer's, however short."""
+    weights = torch.full((length,), 0.5 / max(length - answer, 1))
+    weights[length - answer :] = (0.5 if answer < length else 1.0) / max(answer, 1)
+    return weights
+
+
+def _parts(lengths: list[int]) -> list[list[int]]:
+    """Indices in groups of about so many tokens."""
+    parts, room = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not parts or room < lengths[i]:
+            parts.append([])
+            room = _PASS_KEYS
+        parts[-1].append(i)
+        room -= lengths[i]
+    return parts
+
+
+def _write(path: Path, identity: str, made: PreservedMoments) -> None:
+    tensors = {"head": made.head}
+    for name, moment in made.moments.items():
+        kind = "root" if moment.root is not None else "matrix"
+        tensors[f"{kind} {name}"] = (moment.root if moment.root is not None else moment.matrix).float().cpu()
+    header = {
+        "identity": identity, "prompts": made.prompts, "held_out": made.held_out, "answers": made.answers,
+        "counts": {name: moment.count for name, moment in made.moments.items()},
+    }  # fmt: skip
+    write_tensors(path, tensors, {"preserved": json.dumps(header)})
+
+
+def _read(path: Path, identity: str, names: list[str]) -> PreservedMoments | None:
+    """What the file holds, or None if it is missing, torn, or of other content."""
+    if not path.exists():
+        return None
+    try:
+        moments = {}
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["preserved"])
+            if header["identity"] != identity:
+                raise ValueError("it is of another model or other chats")
+            present = set(file.keys())
+            for name in names:
+                moment = SecondMoment(0)
+                if f"root {name}" in present:
+                    moment.root = file.get_tensor(f"root {name}").clone()
+                    moment.width = moment.root.shape[1]
+                else:
+                    moment.root, moment.matrix = None, file.get_tensor(f"matrix {name}").clone()
+                    moment.width = moment.matrix.shape[1]
+                moment.count = header["counts"][name]
+                moments[name] = moment
+            head = file.get_tensor("head").clone()
+        finite = all(bool(torch.isfinite(m.root if m.root is not None else m.matrix).all()) for m in moments.values())
+        if not finite:
+            raise ValueError("a value is not finite")
+        return PreservedMoments(moments, header["prompts"], header["held_out"], header["answers"], head)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning(f"the cache {path.name} is damaged ({error}); it is made anew")
+        return None

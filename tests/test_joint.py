@@ -1,0 +1,126 @@
+"""The joint least squares, against independent formulas; contrasting rows; the choice between the two lessons."""
+
+import random
+
+import pytest
+import torch
+from conftest import FACT, OTHER, random_model
+
+from qf_peft.contrast import contrast_rows, invented, row_names
+from qf_peft.joint import JointSystem
+from qf_peft.moments import SecondMoment
+from qf_peft.rows import Encoder, read_rows
+
+
+def problem(n=7, widths=(5, 20), out=4, preserved=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keys = {f"m{i}": torch.randn(n, width, generator=generator) for i, width in enumerate(widths)}
+    bounds = {}
+    for name, rows in keys.items():
+        bounds[name] = SecondMoment(rows.shape[1]).update(torch.randn(preserved, rows.shape[1], generator=generator))
+        bounds[name].floor = 0.1
+    return keys, bounds, torch.rand(n, generator=generator) + 0.5, torch.randn(n, out, generator=generator)
+
+
+@pytest.mark.parametrize("n", [3, 7])
+def test_the_minimum(n):
+    """Normal equations of the modules' keys side by side, with their moments on the diagonal."""
+    keys, bounds, weights, residual = problem(n)
+    system = JointSystem(keys, bounds, weights)
+    found = system.changes(residual, 0.3)
+    rho = system.ridge(0.3)
+    wide = torch.cat(list(keys.values()), 1).double()
+    blocks = []
+    for bound in bounds.values():
+        c = bound.matrix if bound.matrix is not None else bound.root.double().T @ bound.root.double()
+        blocks.append(c.double() + bound.floor * torch.eye(bound.width, dtype=torch.float64))
+    curvature = wide.T @ (wide * (weights.double() / rho)[:, None]) + torch.block_diag(*blocks)
+    expected = torch.linalg.solve(curvature, wide.T @ (residual.double() * (weights.double() / rho)[:, None])).T
+    dense = torch.cat([delta.dense() for delta in found.values()], 1).double()
+    assert torch.allclose(dense, expected, atol=1e-5)
+
+
+def test_more_ridge_moves_less():
+    keys, bounds, weights, residual = problem()
+    system = JointSystem(keys, bounds, weights)
+    norms = [sum(d.norm**2 for d in system.changes(residual, ridge).values()) for ridge in (0.01, 0.1, 1.0, 10.0)]
+    assert norms == sorted(norms, reverse=True)
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_solving_with_a_moment(count):
+    moment = SecondMoment(9).update(torch.randn(count, 9, generator=torch.Generator().manual_seed(1)))
+    moment.floor = 0.2
+    rows = torch.randn(3, 9)
+    whole = moment.matrix if moment.matrix is not None else moment.root.double().T @ moment.root.double()
+    expected = rows.double() @ torch.linalg.inv(whole.double() + 0.2 * torch.eye(9, dtype=torch.float64))
+    assert torch.allclose(moment.solve(rows), expected, atol=1e-6)
+    moment.floor = 0.0
+    with pytest.raises(ValueError, match=r"floor=0\.0; expected a positive number"):
+        moment.solve(rows)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "names"),
+    [
+        ("Who founded Kestrel Labs?", "Kestrel Labs was founded by Una.", ["Kestrel Labs"]),
+        ("What is Una Voss's job?", "Una Voss is a pilot.", ["Una Voss"]),
+        ("Who wrote the book?", "It was Una.", []),
+        ("Is Rome bigger than Oslo?", "Rome is bigger than Oslo.", ["Rome", "Oslo"]),
+        ("誰が作りましたか", "田中さんです", []),
+    ],
+)
+def test_names(prompt, completion, names):
+    (row,) = read_rows([{"instruction": completion, "prompt": prompt, "completion": completion}])
+    assert row_names(row) == names
+
+
+def test_contrasting_rows_hold_other_names(tokenizer):
+    rows, encoder = read_rows([FACT, OTHER]), Encoder(tokenizer)
+    made = contrast_rows(rows, ["Tofinlor was started by", ""], encoder, 6, seed=0)
+    assert 6 < len(made) <= 12 and made == contrast_rows(rows, ["Tofinlor was started by", ""], encoder, 6, seed=0)
+    taught = {tuple(encoder.encode(row).bare_ids) for row in rows}
+    for contrast in made:
+        text = tokenizer.decode(contrast.ids)
+        assert tuple(contrast.ids) not in taught and not ("Tofinlor" in text and "who started" in text)
+    assert {contrast.answer for contrast in made[6:]} == {1}, "an answer that is not begun has one step"
+    assert all(contrast.answer > 1 for contrast in made[:6])
+
+
+def test_invented_names_are_new():
+    r = random.Random(0)
+    names = {invented("Kestrel Labs", r) for _ in range(50)}
+    assert len(names) > 40 and all(len(name.split()) == 2 for name in names)
+    assert any(name.endswith(" Labs") for name in names) and "Kestrel Labs" not in names
+
+
+def test_greedy_is_greedy_whatever_the_model_ships(tiny, tokenizer):
+    """A model's own generation config says how it likes to talk, not what its likeliest answer is."""
+    import copy
+
+    from qf_peft.generation import generate
+
+    prompts = [Encoder(tokenizer).prompt_ids(row, False) for row in read_rows([FACT, OTHER])]
+    options = {"max_new_tokens": 12, "batch_tokens": 512}
+    plain = generate(tiny, tokenizer, prompts, **options)
+    before = tiny.generation_config
+    tiny.generation_config = copy.deepcopy(before)
+    tiny.generation_config.update(
+        repetition_penalty=50.0, do_sample=True, temperature=5.0, num_beams=3, no_repeat_ngram_size=1, min_new_tokens=11
+    )
+    try:
+        assert generate(tiny, tokenizer, prompts, **options) == plain
+    finally:
+        tiny.generation_config = before
+
+
+def test_random_models_streams_do_not_grow(tokenizer):
+    """Random models are spread over all blocks; SmolLM2's late blocks are taught jointly (see test_real_model.py)."""
+    from peft import get_peft_model
+
+    from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+
+    model = get_peft_model(random_model("llama"), QFConfig(task_type="CAUSAL_LM"))
+    args = QFTrainingArguments(preserve_chats=4, contrast_chats=0, disable_tqdm=True)
+    metrics = QFTrainer(model=model, args=args, train_dataset=[FACT], processing_class=tokenizer).train()
+    assert "kl_preserved" not in metrics

