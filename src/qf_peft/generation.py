@@ -18,7 +18,7 @@ from .processes import exchange, rank, world_size
 _PLAIN = {
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_new_tokens": 0,
-    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_p": 0.0, "length_penalty": 1.0,
+    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "length_penalty": 1.0,
     "renormalize_logits": False, "remove_invalid_values": False,
 }  # fmt: skip
 _USUAL_ANSWER = 64  # tokens that an answer is given room for in sizing batches
@@ -135,5 +135,6 @@ def _config(model: nn.Module, tokenizer: Any, max_new_tokens: int, sample: bool 
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stops,
         **_PLAIN,
+        **({"min_p": 0.0} if sample else {}),
     )  # 50 is transformers' "not set", of which it does not warn
     return config

@@ -34,7 +34,8 @@ _ALIKE = (
 )
 _LEAD = 1.0  # nats by which a taught token shall lead
 _SURPLUS = 1.5  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
-_PASSES = 4  # solves of one lesson, each after a look at what the one before has done
+_PASSES = 10  # solves of one lesson at most, each after a look at what the one before has done
+_EVERYWHERE = 3  # of these go on to the whole margin, the others until every token leads
 _COMPACT = 2048  # width of keys up to which their moment is kept whole: its eigenvectors take longer than the lesson
 _DROPPED = 0.02  # of a change's norm, with its smallest singular values
 _NEAR = (
@@ -137,7 +138,10 @@ class JointLesson(Lesson):
                     break
                 if attempt == step == 0 and bool(moving.any()):  # how much of a write reaches the end, in nats
                     passed = float(((now - lead) / (margin - lead))[moving].median().clamp(_LEAST_PASSED, 1.0))
-                wanted = wanted + (aimed - after) / passed
+                more = (aimed - after) / passed
+                if step >= _EVERYWHERE:  # the rest is for what is not said yet
+                    more = more * (now < _LEAD).to(more)[:, None]
+                wanted = wanted + more
             kl = self._preserved_divergence()
             if kl.mean() <= self.args.max_divergence:
                 break

@@ -129,7 +129,9 @@ class QFTrainer:
             divergence from the context pass's predictions to the bare pass's at the taught positions, in nats),
             `residual_left` (the part of the wanted change of the last taught module's stream that is still missing: its
             norm over the change's), `unread` (rows whose completion the model itself does not give with the instruction
-            in context; a warning names them), `rank`, `forward_passes` (how often the rows went through the model, in
+            in context; a warning names them), `unsaid` (rows whose completion is not the likeliest now; a warning names
+            them where lessons are solved jointly, and the metrics of [`JointLesson.run`] are there besides), `rank`,
+            `forward_passes` (how often the rows went through the model, in
             units of its depth) and `seconds`.
 
         Raises:
