@@ -34,7 +34,7 @@ _ALIKE = (
 )
 _LEAD = 1.0  # nats by which a taught token shall lead
 _SURPLUS = 1.5  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
-_PASSES = 10  # solves of one lesson at most, each after a look at what the one before has done
+_PASSES = 5  # solves of one lesson at most, each after a look at what the one before has done
 _EVERYWHERE = 3  # of these go on to the whole margin, the others until every token leads
 _COMPACT = 2048  # width of keys up to which their moment is kept whole: its eigenvectors take longer than the lesson
 _DROPPED = 0.02  # of a change's norm, with its smallest singular values
