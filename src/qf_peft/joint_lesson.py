@@ -148,6 +148,9 @@ class JointLesson(Lesson):
             # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
             ridge *= _RAISED
             wanted = wanted if attempt < _TRIES // 2 else wanted / _RAISED
+        else:  # what is installed now was not measured yet
+            self._install(system, wanted[taught], ridge, present)
+            kl = self._preserved_divergence()
         for name in chosen:
             bounds[name].update(found[name][taught], significance / system.ridge(ridge))
             known.bound[name] = bounds[name].compact(max(self.args.memory_rank, _COMPACT))
