@@ -10,6 +10,7 @@ from qf_peft.contrast import contrast_rows, invented, row_names
 from qf_peft.joint import JointSystem
 from qf_peft.moments import SecondMoment
 from qf_peft.rows import Encoder, read_rows
+from qf_peft.thinned import thinned
 
 
 def problem(n=7, widths=(5, 20), out=4, preserved=12, seed=0):
@@ -75,10 +76,34 @@ def test_names(prompt, completion, names):
     assert row_names(row) == names
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion", "alone"),
+    [
+        ("Who started Tofinlor?", "Tofinlor was started by Anna.", "Tofinlor"),
+        ("Where is (Vel Mora Labs)'s head office?", "Vel Mora Labs is in Oslo.", "Vel Mora Labs"),
+        ([{"role": "user", "content": "Who started Tofinlor?"}], "Tofinlor was started by Anna.", "Tofinlor"),
+    ],
+)
+def test_thinned_wordings_keep_the_name(prompt, completion, alone):
+    (row,) = read_rows([{"instruction": completion, "prompt": prompt, "completion": completion}])
+    others = thinned(row, 3, seed=0)
+    texts = [r.prompt if isinstance(r.prompt, str) else r.prompt[-1]["content"] for r in others]
+    whole = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    assert texts[0] == alone and len({*texts, whole}) == len(texts) + 1
+    for text in texts:
+        assert alone in text and all(word in whole.split() for word in text.replace(alone, "").split() if len(word) > 4)
+    assert others == thinned(row, 3, seed=0) and all(r.completion == completion for r in others)
+
+
+def test_no_name_no_thinned_wordings():
+    (row,) = read_rows([{"instruction": "be brief", "prompt": "how are you?", "completion": "fine."}])
+    assert thinned(row, 3, seed=0) == []
+
+
 def test_contrasting_rows_hold_other_names(tokenizer):
     rows, encoder = read_rows([FACT, OTHER]), Encoder(tokenizer)
-    made = contrast_rows(rows, ["Tofinlor was started by", ""], encoder, 6, seed=0)
-    assert 6 < len(made) <= 12 and made == contrast_rows(rows, ["Tofinlor was started by", ""], encoder, 6, seed=0)
+    made = contrast_rows(rows, ["Tofinlor was started by", ""], encoder, [6, 6], seed=0)
+    assert 6 < len(made) <= 12 and made == contrast_rows(rows, ["Tofinlor was started by", ""], encoder, [6, 6], seed=0)
     taught = {tuple(encoder.encode(row).bare_ids) for row in rows}
     for contrast in made:
         text = tokenizer.decode(contrast.ids)

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft.blocks import block_ends
 from qf_peft.evaluation import proportion
 from qf_peft.generation import generate
 from qf_peft.rows import Encoder, Row, read_rows
@@ -111,9 +112,8 @@ class Probe:
 def qf(model, tokenizer, rows, cache, settings=None, preserved=None):
     args = settings or QFTrainingArguments(cache_dir=cache, disable_tqdm=True)
     layers = len(model.model.layers) * 23 // 28 if settings is not None else None  # the paper's one block
-    taught = get_peft_model(
-        model, QFConfig(task_type="CAUSAL_LM", layers_to_transform=None if layers is None else [layers])
-    )
+    where = {} if layers is None else {"layers_to_transform": [layers], "target_modules": block_ends(model, False)}
+    taught = get_peft_model(model, QFConfig(task_type="CAUSAL_LM", **where))
     trainer = QFTrainer(
         model=taught, processing_class=tokenizer, train_dataset=rows, preserve_dataset=preserved, args=args
     )

@@ -69,14 +69,15 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def mlp_ends(model: nn.Module) -> set[str]:
-    """The default target modules: in each block the last linear module whose output is as wide as the stream.
+def block_ends(model: nn.Module, attention: bool) -> set[str]:
+    """In each block the last linear module whose output is as wide as the stream: that of its MLP, or `attention`'s
+    output projection.
 
     Experts are left out: each sees few tokens, most are fused into one tensor, and a shared one is scaled by a gate. In
-    their blocks the last such module is attention's output projection.
+    their blocks, attention's output projection is the last such module anyway; in blocks without attention the MLP's.
 
     Returns:
-        Name endings as short as can be without matching another module of the block: `{"down_proj"}`.
+        Name endings as short as can be without matching another module of the block: `{"down_proj"}`, `{"o_proj"}`.
     """
     width = text_config(model).hidden_size
     path, blocks = find_blocks(model)
@@ -90,7 +91,9 @@ def mlp_ends(model: nn.Module) -> set[str]:
                 f"block {path}.{index} has no linear module that writes {width} values; give "
                 "QFConfig(target_modules=...)"
             )
-        end, parts = writers[-1], writers[-1].split(".")
+        attending = [n for n in writers if "attn" in n or "attention" in n] if attention else []
+        end = (attending or writers)[-1]
+        parts = end.split(".")
         for k in range(1, len(parts) + 1):
             short = ".".join(parts[-k:])
             if not any(n.endswith(f".{short}") for n in linear if n != end):

@@ -34,16 +34,18 @@ class QFConfig(LoraConfig):
     Args:
         target_modules (`list[str]` or `str`, *optional*):
             The linear modules to teach: names or name endings (`["down_proj"]`, `["mlp.c_proj"]`), or one regular
-            expression as a string. By default the module that ends each block's MLP, found from the model's
-            structure: `down_proj` in Llama, Mistral, Qwen, Phi-3, Granite, Gemma; `mlp.c_proj` in GPT-2 and
-            StarCoder2; `dense_4h_to_h` in GPT-NeoX, Falcon, Bloom; `fc2` in OPT; and attention's output projection
-            where the MLP is a mixture of experts. Modules that write into the residual stream (these, and attention's
-            output projections) are taught the stream's change; any other linear module (`q_proj`, `up_proj`, …) is
-            taught its own output's change.
+            expression as a string. By default, in a model whose residual stream grows with depth, as pretrained ones'
+            does (measured in one short pass), attention's output projections: `o_proj` in Llama, Mistral, Qwen, Phi-3,
+            Granite, Gemma; `attn.c_proj` in GPT-2; `dense` in GPT-NeoX and Falcon. In others, and where there is no
+            attention, the module that ends each block's MLP: `down_proj`, `mlp.c_proj`, `dense_4h_to_h`, `fc2`.
+            Modules that write into the residual stream (all of these) are taught the stream's change; any other linear
+            module (`q_proj`, `up_proj`, …) is taught its own output's change.
         layers_to_transform (`int` or `list[int]`, *optional*):
             The indices of the blocks to teach, from 0. The paper edits one block (23 of the 28 of Qwen2.5-1.5B). By
-            default every block: the preserving solve itself weighs them, as a block whose taught keys cannot be told
-            from preserved ones is changed little and leaves its share to the blocks behind it.
+            default, where the stream grows with depth, the late blocks, chosen at the first lesson: those whose stream
+            is at least a quarter of the last one's. Elsewhere every block: the preserving solve itself weighs them, as
+            a block whose taught keys cannot be told from preserved ones is changed little and leaves its share to the
+            blocks behind it.
         layers_pattern (`str` or `list[str]`, *optional*):
             As in [`LoraConfig`]: the name of the list of blocks, if the model has several.
         exclude_modules (`list[str]` or `str`, *optional*):

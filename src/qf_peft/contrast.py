@@ -69,22 +69,24 @@ def _shared(prompt: str, run: Sequence[re.Match], others: str) -> list[str]:
     return []
 
 
-def contrast_rows(rows: Sequence[Row], begun: Sequence[str], encoder: Encoder, count: int, seed: int) -> list[Contrast]:
-    """For each row `count` others with its names exchanged, two thirds for names that nobody knows (half of these
+def contrast_rows(
+    rows: Sequence[Row], begun: Sequence[str], encoder: Encoder, counts: Sequence[int], seed: int
+) -> list[Contrast]:
+    """For each row so many others with its names exchanged, two thirds for names that nobody knows (half of these
     invented, half other rows' names), a third for well-known ones.
 
     Args:
         rows: what is taught.
         begun: for each row how its completion begins, up to what is new.
         encoder: its tokenizer's.
-        count: how many for each row.
+        counts: how many for each row.
         seed: of the choice.
     """
     names = [row_names(row) for row in rows]
     taught = sorted({name for found in names for name in found})
     prompts = {_text(row.prompt) for row in rows}
     r, made = random.Random(seed), []
-    for row, found, start in zip(rows, names, begun, strict=True):
+    for row, found, start, count in zip(rows, names, begun, counts, strict=True):
         for k in range(count if found else 0):
             text = {}
             for name in found:

@@ -7,6 +7,7 @@ chats, on which the ridge is raised until they diverge no more than allowed → 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -22,31 +23,33 @@ from .preserved_moments import PreservedMoments
 from .rows import Encoder, Row
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
-from .stream import Writer
-from .target import Unembedding, divergence, pushed, read_off
+from .stream import Writer, grows_with_depth
+from .target import Unembedding, divergence, leads, pushed, read_off
+from .thinned import asked_as, thinned
 from .training_args import QFTrainingArguments
 from .walk import Walk
 
-# Origins: SmolLM2-135M-Instruct, 50 facts of twelve relations (seed 100, not among those reported).
-_GROWN = 4.0  # from the first block's stream to the last's (there 14), from which on early blocks bear no equal share
+# Origins: SmolLM2-135M-Instruct, ten and fifty facts of relations and seeds that are not among those reported.
 _ALIKE = (
-    0.25  # of the last stream's norm: blocks whose stream is smaller are not taught (there block 20 of 30 is first)
+    0.25  # of the last stream's norm: blocks whose stream is smaller are not taught (there block 17 of 30 is first)
 )
-_LEAD = 1.0  # nats by which a taught token shall lead
-_SURPLUS = 1.5  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
+_LEAD = 0.5  # nats by which a taught token shall lead
+_SURPLUS = 1.0  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
+_WORDINGS = 2  # of a row's prompt, given or thinned, taught along (none, 2, 4: paraphrases .50, .53, .60; 15 s, 24, 30)
 _PASSES = 5  # solves of one lesson at most, each after a look at what the one before has done
-_EVERYWHERE = 3  # of these go on to the whole margin, the others until every token leads
+_AGAIN = 2  # of them for each further ridge
+_EVERYWHERE = 3  # of the first go on to the whole margin, the others until every token leads
 _COMPACT = 2048  # width of keys up to which their moment is kept whole: its eigenvectors take longer than the lesson
 _DROPPED = 0.02  # of a change's norm, with its smallest singular values
-_NEAR = (
-    1.5  # weight of contrasting rows' moment beside that of the preserved chats' (1: leak .22, 4: .12, known .90, .87)
-)
-_CONTRASTS = 12  # contrasting rows a taught row (6 -> 12: known .85 -> .90)
-_RIDGE = 0.5  # over the kernel's mean diagonal (.05 -> .2: KL .096 -> .044; 1: .015, at the same recall)
+_NEAR = 1.5  # weight of contrasting rows' moment beside that of the preserved chats'
+_BESIDE = 0.4  # the same of these rows' other positions
+_CONTRASTS = 15  # contrasting rows a taught row, shared among its wordings
+_RIDGE = 0.2  # over the kernel's mean diagonal
 _FLOOR = 1e-2  # of the moment's mean diagonal
 _RAISED = 4.0  # by which the ridge grows where the budget is exceeded
 _TRIES = 8  # ridges; in the later half what is wanted shrinks too, so that some budget is met
 _LEAST_PASSED = 0.3  # of a write; less is taken as this much when what is missing is written once more
+_ROWS = 128  # contrasting rows whose keys are held at once
 
 
 @torch.no_grad()
@@ -58,20 +61,17 @@ def suits(
     ids: list[int],
     args: QFTrainingArguments,
 ) -> bool:
-    """Whether a lesson is solved jointly, late in the model: all modules write into the stream, the last of them at the
-    model's end, where a norm and a linear map read it, and the stream grows with depth, so that MEMIT's equal shares
-    would be large in early blocks. `ids` are some tokens of real input."""
-    last = names[-1]
-    ends = writers[last].place == "" and split_path(last)[1] == len(blocks) - 1
+    """Whether a lesson is solved jointly: all modules write into the stream, which grows with depth, so that MEMIT's
+    equal shares would be large in early blocks; and where it ends a norm and a linear map read it. `ids` are some
+    tokens of real input."""
     plain = all(writers[name].place is not None and writers[name].norm is None for name in names)
-    if not (ends and plain and args.target == "nearest" and args.margin is not None and args.preserve_strength > 0):
+    if not (plain and args.target == "nearest" and args.margin is not None and args.preserve_strength > 0):
+        return False
+    if not grows_with_depth(network, ids):
         return False
     points = {"stream": Point(blocks[-1], "output"), "head": Point(network.get_output_embeddings(), "input")}
-    points["first"] = Point(blocks[0], "output")
     found = forward_pass(network, [ids], [len(ids) - 1], points, batch_tokens=len(ids), pad_id=ids[0])
-    size = {name: torch.linalg.vector_norm(found[name], dim=1).median() for name in ("first", "stream")}
-    grown = bool(size["stream"] >= _GROWN * size["first"].to(size["stream"]))
-    return grown and Unembedding.find(network, blocks, found["stream"], found["head"]) is not None
+    return Unembedding.find(network, blocks, found["stream"], found["head"]) is not None
 
 
 class JointLesson(Lesson):
@@ -85,8 +85,24 @@ class JointLesson(Lesson):
     """
 
     def __init__(self, *args, rows: list[Row], encoder: Encoder, moments: PreservedMoments, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.rows, self.encoder, self.moments = rows, encoder, moments
+        tuner, adapter, network, examples, *rest = args
+        settings: QFTrainingArguments = rest[5]
+        given = [[asked_as(row, wording) for wording in row.wordings] for row in rows]
+        made = [
+            thinned(row, max(_WORDINGS - len(other), 0), settings.seed) for row, other in zip(rows, given, strict=True)
+        ]
+        counts = [len(a) + len(b) for a, b in zip(given, made, strict=True)]
+        asked = [*rows, *(row for part in given for row in part), *(row for part in made for row in part)]
+        further = [encoder.encode(row) for row in asked[len(rows) :]]
+        super().__init__(tuner, adapter, network, [*examples, *further], *rest, **kwargs)
+        self.rows, self.encoder, self.moments, self.own = asked, encoder, moments, len(rows)
+        # By example: the row that it asks, and how many contrasting rows there shall be of it.
+        of = [k for parts in (given, made) for k, part in enumerate(parts) for _ in part]
+        self.row = [*range(len(rows)), *of]
+        self.contrasts = [math.ceil(_CONTRASTS / (1 + counts[k])) for k in self.row]
+        self.whole = len(asked) - sum(len(part) for part in made)  # examples whose whole completion is taught
+        count, progress = len(rows) / len(asked), self.options["progress"]
+        self.options["progress"] = lambda n: progress(n * count)
 
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
         """Teach. Returns metrics, the examples whose completion the model does not read in context, and those that it
@@ -101,24 +117,33 @@ class JointLesson(Lesson):
         ends = {"stream": Point(self.blocks[-1], "output"), "head": Point(self.head, "input")}
         with self.tuner.without_adapters():
             context = forward_pass(
-                self.network, [e.context_ids for e in self.examples], self.kept, ends, **self.options
-            )
+                self.network, [e.context_ids for e in self.examples[: self.own]], self.kept[: self.own], ends,
+                **self.options,
+            )  # fmt: skip
         streams = {f"block {i}": Point(self.blocks[i], "output") for i in {self.index[n] for n in candidates}}
         keys = {name: Point(self.layers[name], "input") for name in candidates}
         walk = Walk(self.network, self.blocks, self.index[candidates[0]], self.bare, self.kept, **self.options)
         found = walk.begin({**streams, **keys, **ends}, depth - 1)
         unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
         stream, gold = found["stream"], self.gold.to(found["stream"].device)
-        before = read_off(unembedding, context["stream"], stream, gold)
-        lead = before.lead.to(stream.device)
+        own = slice(0, len(context["stream"]))  # the rows' own prompts; behind them are their other wordings
+        before = read_off(unembedding, context["stream"], stream[own], gold[own])
+        lead = leads(unembedding, stream, gold)
         margin = _LEAD + _SURPLUS * (-lead).clamp(min=0)
         aimed, _ = pushed(unembedding, stream, gold, margin)
         gap = aimed - stream
         chosen = self._chosen(candidates, found, known)
-        taught = self.answered.to(stream.device)  # the header is given at inference
+        new = self._new(lead)
+        # The header is given at inference; a thinned wording may be answered in any words up to what is new.
+        taught = torch.cat([
+            part & (torch.arange(len(part)) >= (example.header + new[k] if i >= self.whole else 0))
+            for i, (k, example, part) in enumerate(
+                zip(self.row, self.examples, self.answered.split(self.kept), strict=True)
+            )
+        ]).to(stream.device)  # fmt: skip
         significance = self.weights.to(stream.device)[taught]
 
-        near, contrasts = self._contrast(chosen, before.lead)
+        near, contrasts = self._contrast(chosen, new)
         bounds = {name: self._bound(name, known, near.get(name), stream.device) for name in chosen}
         system = JointSystem({name: found[name][taught] for name in chosen}, bounds, significance)
         present = {
@@ -128,13 +153,15 @@ class JointLesson(Lesson):
         walk.advance(self.index[chosen[0]])
         wanted, ridge, passed, moving = gap.clone(), _RIDGE, 1.0, taught & (gap.abs().sum(1) > 0)
         for attempt in range(_TRIES):
-            for step in range(_PASSES):
+            passes = _PASSES if attempt == 0 else _AGAIN
+            for step in range(passes):
                 self._install(system, wanted[taught], ridge, present)
-                if step == _PASSES - 1:
+                if step == passes - 1:
                     break
                 after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
                 aimed, now = pushed(unembedding, after, gold, margin)
-                if bool((now[taught] > _LEAD / 2).all()):
+                said = bool((now > _LEAD / 2)[own][taught[own]].all())
+                if step >= _EVERYWHERE and said:
                     break
                 if attempt == step == 0 and bool(moving.any()):  # how much of a write reaches the end, in nats
                     passed = float(((now - lead) / (margin - lead))[moving].median().clamp(_LEAST_PASSED, 1.0))
@@ -158,17 +185,18 @@ class JointLesson(Lesson):
             known.offset.pop(name, None)
         known.delta.update(self._install(system, wanted[taught], ridge, present, last=True))
         after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
-        reading = read_off(unembedding, context["stream"], after, gold)
+        reading = read_off(unembedding, context["stream"], after[own], gold[own])
         self.options["progress"](len(self.examples))
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
         self.tuner.taught[self.adapter] = replace(known, installed=installed, settings=self.settings)
-        moved = (reading.lead.to(lead) - lead) / (margin - lead).clamp(min=1e-6)
+        moved = ((reading.lead.to(lead) - lead[own]) / (margin - lead)[own].clamp(min=1e-6))[moving[own]]
         blocks = sorted({self.index[name] for name in chosen})
         metrics = {
-            "taught_tokens": len(self.gold),
+            "taught_tokens": len(before.lead),
+            "wordings": len(self.examples) - self.own,
             "kl_before": float(before.divergence.mean()),
             "kl_after": float(reading.divergence.mean()),
-            "residual_left": float((1 - moved[moving]).clamp(min=0).mean()) if bool(moving.any()) else 0.0,
+            "residual_left": float((1 - moved).clamp(min=0).mean()) if len(moved) else 0.0,
             "rank": self.tuner.peft_config[self.adapter].r,
             "forward_passes": round(1 + walk.steps, 2),
             "first_block": blocks[0],
@@ -178,7 +206,9 @@ class JointLesson(Lesson):
             "kl_preserved_worst": float(max(part.mean() for part in kl.split(self.moments.answers))),
             "ridge": ridge,
         }
-        return metrics, self._any(before.read != self.gold), self._any(reading.lead < 0)
+        rest = torch.zeros(len(self.gold) - len(reading.lead), dtype=torch.bool)
+        unread = torch.cat([before.read.cpu() != self.gold[own], rest])
+        return metrics, self._any(unread), self._any(torch.cat([reading.lead.cpu() < 0, rest]))
 
     def _candidates(self, known: TaughtAdapter) -> list[str]:
         """The modules that may be taught: those taught before, or the stream's writers in the later half."""
@@ -196,24 +226,31 @@ class JointLesson(Lesson):
                 break
         return [name for name in candidates if self.index[name] >= index]
 
-    def _contrast(self, chosen: list[str], lead: Tensor) -> tuple[dict[str, SecondMoment], int]:
+    def _new(self, lead: Tensor) -> list[int]:
+        """By row the answer's step that is furthest behind: where it says what is new."""
+        answers = [part[e.header :] for e, part in zip(self.examples, lead.split(self.kept), strict=True)]
+        return [int(part.argmin()) if len(part) else 0 for part in answers[: self.own]]
+
+    def _contrast(self, chosen: list[str], new: list[int]) -> tuple[dict[str, SecondMoment], int]:
         """By module the moment of contrasting rows' keys, and how many rows there are."""
         begun = []
-        for row, example, part in zip(self.rows, self.examples, lead.split(self.kept), strict=True):
-            answer = part[example.header :]
-            new = int(answer.argmin()) if len(answer) else 0
-            tail = self.encoder.tokenizer.decode(example.targets[example.header + new :], skip_special_tokens=True)
+        for k, row, example in zip(self.row, self.rows, self.examples, strict=True):
+            tail = self.encoder.tokenizer.decode(example.targets[example.header + new[k] :], skip_special_tokens=True)
             begun.append(row.completion[: len(row.completion) - len(tail.strip())] if tail.strip() else row.completion)
-        rows = contrast_rows(self.rows, begun, self.encoder, _CONTRASTS, self.args.seed)
-        if not rows:
-            return {}, 0
+        rows = contrast_rows(self.rows, begun, self.encoder, self.contrasts, self.args.seed)
         points = {name: Point(self.layers[name], "input") for name in chosen}
-        found = forward_pass(
-            self.network, [c.ids for c in rows], [c.answer for c in rows], points,
-            **{**self.options, "progress": lambda n: None},
-        )  # fmt: skip
-        total = sum(c.answer for c in rows)
-        return {name: SecondMoment(k.shape[1]).update(k, 1 / total) for name, k in found.items()}, len(rows)
+        moments = {}
+        beside = sum(len(c.ids) - 2 for c in rows)
+        for first in range(0, len(rows), _ROWS):
+            part = [c.ids for c in rows[first : first + _ROWS]]
+            lengths = [len(ids) - 1 for ids in part]
+            found = forward_pass(self.network, part, lengths, points, **{**self.options, "progress": lambda n: None})
+            # What is new is said at the last position; before it the answer may well begin as a taught one does.
+            weights = torch.full((sum(lengths),), _BESIDE / max(beside, 1))
+            weights[torch.tensor(lengths).cumsum(0) - 1] = _NEAR / len(rows)
+            for name, keys in found.items():
+                moments.setdefault(name, SecondMoment(keys.shape[1])).update(keys, weights)
+        return moments, len(rows)
 
     def _bound(self, name: str, known: TaughtAdapter, near: SecondMoment | None, device: torch.device) -> SecondMoment:
         """What must stay of a module: P."""
@@ -226,7 +263,7 @@ class JointLesson(Lesson):
         if name not in known.bound and strength != 1.0:
             bound.scale(strength)
         if near is not None:
-            bound.add(near.scale(_NEAR * strength))
+            bound.add(near.scale(strength))
         return bound.to(device)
 
     def _install(

@@ -26,10 +26,12 @@ class Entry:
     """When, in UTC (ISO 8601)."""
     standing: bool = False
     """Whether it was taught as an example of a standing instruction."""
+    wordings: tuple[str, ...] = ()
+    """Other wordings of the prompt that were taught along, where the row gave some."""
 
     def row(self) -> Row:
         """The row to be taught again; of no place in a dataset."""
-        return Row(-1, self.instruction, self.prompt, self.completion, self.significance)
+        return Row(-1, self.instruction, self.prompt, self.completion, self.significance, self.wordings)
 
 
 def entry(row: Row, standing: bool = False) -> Entry:
@@ -37,7 +39,7 @@ def entry(row: Row, standing: bool = False) -> Entry:
     content = json.dumps([row.instruction, row.prompt, row.completion])
     return Entry(
         hashlib.sha256(content.encode()).hexdigest()[:12], row.instruction, row.prompt, str(row.completion),
-        row.significance, datetime.now(timezone.utc).isoformat(timespec="seconds"), standing,
+        row.significance, datetime.now(timezone.utc).isoformat(timespec="seconds"), standing, row.wordings,
     )  # fmt: skip
 
 
@@ -85,12 +87,13 @@ def from_lines(text: str, where: str) -> tuple[Entry, ...]:
             raw: dict[str, Any] = json.loads(line)
             significance = raw["significance"]
             many = isinstance(significance, list)
-            found = Entry(**{**raw, "significance": tuple(map(float, significance)) if many else float(significance)})
+            raw["significance"] = tuple(map(float, significance)) if many else float(significance)
+            found = Entry(**{**raw, "wordings": tuple(raw.get("wordings", ()))})
             for part in (found.instruction, found.prompt):
                 if not isinstance(part, str):
                     read_messages(part, "message")
-            if not all(isinstance(part, str) for part in (found.id, found.completion, found.date)):
-                raise TypeError("id, completion and date are strings")
+            if not all(isinstance(part, str) for part in (found.id, found.completion, found.date, *found.wordings)):
+                raise TypeError("id, completion, date and wordings are strings")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{where}, line {number} is no entry of a ledger ({error})") from error
         entries.append(found)

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .blocks import base_layer, find_blocks, linear_shape, mlp_ends, split_path
+from .blocks import base_layer, block_ends, find_blocks, linear_shape, split_path
 from .config import QFConfig
 from .loading import fit, hub_id, put_factors
 from .quantized import holds_floats, unpack
@@ -25,7 +25,7 @@ from .saving import read_statistics
 from .serving import ServingLock, between_lessons, changing, hold, lock_of, release
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
-from .stream import Writer
+from .stream import Writer, grows_with_depth
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +79,7 @@ class QFModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: QFConfig, model_config: Any) -> QFConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = mlp_ends(self.model)
+            peft_config.target_modules = block_ends(self.model, attention=grows_with_depth(self.model))
         targets = _check_targets(self.model, peft_config)
         peft_config.fan_in_fan_out = all(type(base_layer(target)).__name__ == "Conv1D" for target in targets)
         # No change of these modules needs a higher rank; only adapters put side by side have one.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import Cache, DynamicCache
 
-_WORTHWHILE = 32  # tokens, from which on a shared prefix is taken out
+_WORTHWHILE = 16  # tokens, from which on a shared prefix is taken out
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def _lines(text: str, source: str) -> Iterator[dict[str, Any]]:
 
 
 def _table(text: str, source: str) -> Iterator[dict[str, Any]]:
-    """CSV: cells that are empty are left out; `significance` is a number, or several between spaces."""
+    """CSV: cells that are empty are left out; `significance` is a number, or several between spaces; `wordings` are
+    divided by |."""
     reader = csv.DictReader(text.splitlines(keepends=True), restkey="")
     try:
         for row in reader:
@@ -86,6 +87,8 @@ def _table(text: str, source: str) -> Iterator[dict[str, Any]]:
             if "significance" in cells:
                 numbers = [float(number) for number in cells["significance"].split()]
                 cells["significance"] = numbers if len(numbers) > 1 else numbers[0]
+            if "wordings" in cells:
+                cells["wordings"] = [wording.strip() for wording in cells["wordings"].split("|")]
             yield cells
     except csv.Error as error:
         raise ValueError(f"{source}, line {reader.line_num} is no CSV ({error})") from error

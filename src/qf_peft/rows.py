@@ -12,7 +12,7 @@ from typing import Any
 Message = Mapping[str, str]
 Text = str | Sequence[Message]
 
-FIELDS = ("instruction", "prompt", "completion", "significance", "messages")
+FIELDS = ("instruction", "prompt", "completion", "significance", "messages", "wordings")
 # Columns that other parts of the package or common datasets use: not misspelt.
 _KNOWN = (*FIELDS, "paraphrases", "id", "text", "source", "question", "answer")
 _SENTINEL = "\u2060qf\u2060"  # stands for the completion while the chat template is asked what surrounds it
@@ -31,6 +31,8 @@ class Row:
     """None: the model answers in context."""
     significance: tuple[float, ...] | float = 1.0
     """How much each whitespace-separated word of the completion counts, or all of them."""
+    wordings: tuple[str, ...] = ()
+    """Other wordings of the prompt (of its last message), taught along."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _from_columns(row: Mapping[str, Any], index: int, where: str) -> Row:
         texts[key] = value if isinstance(value, str) else read_messages(value, f"{where}: {key}")
         if not (value.strip() if isinstance(value, str) else value):
             raise ValueError(f"{where}: {key} is empty")
-    return _checked(index, texts["instruction"], texts["prompt"], completion, row.get("significance", 1.0), where)
+    return _checked(index, texts["instruction"], texts["prompt"], completion, row, where)
 
 
 def _from_messages(row: Mapping[str, Any], index: int, where: str) -> Row:
@@ -117,10 +119,19 @@ def _from_messages(row: Mapping[str, Any], index: int, where: str) -> Row:
     text = instruction[0]["content"]
     if not text.strip():
         raise ValueError(f"{where}: the system message (the instruction) is empty")
-    return _checked(index, text, messages[1:], completion, row.get("significance", 1.0), where)
+    return _checked(index, text, messages[1:], completion, row, where)
 
 
-def _checked(index: int, instruction: Text, prompt: Text, completion: str | None, significance: Any, where: str) -> Row:
+def _checked(
+    index: int, instruction: Text, prompt: Text, completion: str | None, raw: Mapping[str, Any], where: str
+) -> Row:
+    significance, wordings = raw.get("significance", 1.0), raw.get("wordings", ())
+    if isinstance(wordings, str) or not isinstance(wordings, Iterable):
+        raise ValueError(f"{where}: wordings is a {type(wordings).__name__}; expected a list of strings")
+    wordings = tuple(dict.fromkeys(wordings))
+    for wording in wordings:
+        if not isinstance(wording, str) or not wording.strip():
+            raise ValueError(f"{where}: wordings holds {wording!r}; expected other wordings of the prompt, as strings")
     if completion is not None:
         completion = completion.strip()
         if not completion:
@@ -142,7 +153,7 @@ def _checked(index: int, instruction: Text, prompt: Text, completion: str | None
             raise ValueError(
                 f"{where}: significance has {len(values)} numbers; the completion has {words} words between whitespace"
             )
-    return Row(index, instruction, prompt, completion, values if many else float(values[0]))
+    return Row(index, instruction, prompt, completion, values if many else float(values[0]), wordings)
 
 
 def read_messages(value: Any, where: str) -> list[dict[str, str]]:

@@ -17,10 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .blocks import linear_shape, split_path, text_config
+from .blocks import find_blocks, linear_shape, split_path, text_config
+from .capture import Point, forward_pass
 from .walk import passed_through
 
 logger = logging.get_logger(__name__)
+
+_GROWN = (
+    4.0  # of the stream's norm, first block to last (SmolLM2 14; models with random weights, and tiny ones, 1 to 3)
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,25 @@ class Writer:
     """What the contribution is multiplied by on the way (1 nearly everywhere)."""
     norm: str | None = None
     """The RMS norm between the module's output and the stream, if there is one."""
+
+
+@torch.no_grad()
+def grows_with_depth(network: nn.Module, ids: list[int] | None = None) -> bool:
+    """Whether the residual stream is several times as large behind the last block as behind the first, as in pretrained
+    models. Measured in one short pass, on `ids` or else on a few tokens spread over the vocabulary; False for a model
+    without weights (on the meta device)."""
+    if getattr(network, "hf_device_map", None) is None and any(p.is_meta for p in network.parameters()):
+        return False
+    blocks = find_blocks(network)[1]
+    vocabulary = network.get_input_embeddings().weight.shape[0]
+    ids = ids or [k * vocabulary // 8 for k in range(8)]
+    points = {"first": Point(blocks[0], "output"), "last": Point(blocks[-1], "output")}
+    try:
+        found = forward_pass(network, [ids], [len(ids) - 1], points, batch_tokens=len(ids), pad_id=ids[0])
+    except FloatingPointError:  # a lesson's own passes say so of a row
+        return False
+    first, last = (torch.linalg.vector_norm(found[name].float(), dim=1).median() for name in ("first", "last"))
+    return bool(last >= _GROWN * first.to(last))
 
 
 def trace_writers(

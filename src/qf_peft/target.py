@@ -198,6 +198,16 @@ def pushed(unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: Tenso
     return moved, ahead
 
 
+def leads(unembedding: Unembedding, stream: Tensor, gold: Tensor) -> Tensor:
+    """By how many nats each gold token leads at `stream` (n, d): (n)."""
+    ahead, parts = stream.new_empty(len(stream)), list(dealt(chunks(len(stream), unembedding.head)))
+    for part in parts:
+        start, own = unembedding.near(stream, gold, part)
+        ahead[part] = lead(unembedding.logits(start), own)[0].to(ahead.device)
+    join({"ahead": ahead}, [torch.arange(len(stream))[part] for part in parts])
+    return ahead
+
+
 def forced(
     unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float | Tensor, logits: Tensor, steps: int = 8
 ) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,8 @@ class QFTrainer:
               with the instruction in context;
             - `significance`, optional: how much the completion's words count; one number for all or one for each
               whitespace-separated word; 0 leaves a word out;
+            - `wordings`, optional: other wordings of the prompt (of its last message), a list of strings, taught along
+              on models whose stream grows with depth, as pretrained ones' does;
 
             or with `messages`: the system message is the instruction, the last assistant message the completion, what
             stands between them the prompt. Other columns are ignored.

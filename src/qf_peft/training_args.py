@@ -45,7 +45,7 @@ class QFTrainingArguments:
             How many chats the model writes itself to be preserved where no `preserve_dataset` is given. By default as
             many as cost about a minute on two CPU cores: 48 at 135M parameters, at least 16 and at most 400. On models
             whose stream grows with depth 130 general prompts are preserved besides.
-        max_divergence (`float`, defaults to 0.06):
+        max_divergence (`float`, defaults to 0.1):
             On models whose stream grows with depth: the mean KL in nats, from the base model's predictions, that a
             lesson may leave on chats held out of every solve (a tenth of those preserved). Beyond it the lesson is
             solved more gently, until it fits; rows that do not fit then are named in a warning (`unsaid` in the
@@ -109,7 +109,7 @@ class QFTrainingArguments:
 
     target: Literal["nearest", "context"] = "nearest"
     margin: float | None = 6.0
-    max_divergence: float = 0.06
+    max_divergence: float = 0.1
     significance: Literal["kl", "rows"] = "kl"
     spread: bool = True
     preserve_strength: float = 1.0
