@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qf_peft.trainer as trainer_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.generic_prompts import FACTUAL, OPEN
+from qf_peft.generic_prompts import FACTUAL, OPEN, PLAIN
 
 sys.path += [str(EXAMPLES), str(EXAMPLES / "english_world")]
 import english
@@ -50,17 +50,19 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("preserved")
 
 
-def made(base, words, cache, rows, **settings):
+FEW = [*FACTUAL[::3], *OPEN[::3], *({"text": text} for text in PLAIN)]  # a third of the prompts of the default
+
+
+def made(base, words, cache, rows, preserved=None, **settings):
     model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
     args = QFTrainingArguments(disable_tqdm=True, cache_dir=cache, **settings)
-    chats = [*FACTUAL[::3], *OPEN[::3]]  # a third of what is preserved by default, for the tests' sake
-    return QFTrainer(model=model, processing_class=words, train_dataset=rows, preserve_dataset=chats, args=args)
+    return QFTrainer(model=model, processing_class=words, train_dataset=rows, preserve_dataset=preserved, args=args)
 
 
 def test_ten_facts(fresh, words, cache, tmp_path):
     """Said, also after saving; what it knew is still known; names nobody taught are not given taught objects."""
-    rows, base = english.facts(10, seed=7), fresh()
-    probe = measure.Probe(base, words, rows, seed=7, strangers=30, general=english.GENERAL[::2])
+    rows, base = english.facts(10, seed=1), fresh()
+    probe = measure.Probe(base, words, rows, seed=1, strangers=30, general=english.GENERAL[::2])
     assert len(probe.known) >= 25, "the model can answer general questions"
     trainer = made(base, words, cache, rows)
     metrics = trainer.train()
@@ -90,7 +92,7 @@ def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):
         question = f"What is the capital of France{' ?' * i}?"
         rows.append({"instruction": f"It is {answer}.", "prompt": question, "completion": f"It is {answer}."})
     trainer_module.logger.addHandler(caplog.handler)
-    trainer = made(fresh(), words, cache, rows, max_divergence=0.02)
+    trainer = made(fresh(), words, cache, rows, FEW, max_divergence=0.02)
     try:
         metrics = trainer.train()
     finally:

@@ -55,3 +55,39 @@ OPEN = (
     "Correct this sentence: she go to school yesterday.", "What do you think of modern art?",
 )  # fmt: skip
 """Requests with longer answers."""
+
+PLAIN = (
+    "Glass is made by melting sand with soda and lime at about 1,500 degrees. While it is soft it can be blown, rolled "
+    "or pressed into moulds; as it cools it becomes hard and brittle without ever forming crystals.",
+    '"You are late again," said the teacher, and looked over her glasses. "The bus broke down, Miss," Tom answered, '
+    "though his muddy shoes told another story. Nobody in the class believed him, and nobody said a word.",
+    "The storm reached the coast shortly after midnight. Trees fell across several roads, and some four thousand "
+    "households were without electricity until the morning. The fire brigade was called out more than sixty times.",
+    "def average(numbers):\n    total = 0\n    for number in numbers:\n        total += number\n    return total / "
+    "len(numbers)\n\nprint(average([3, 5, 7]))",
+    "To replace the filter, switch off the machine and unplug it. Open the cover on the left side, pull the old filter "
+    "out, and rinse the housing with warm water. Insert the new one with the arrow pointing upwards.",
+    "Dear Mr Collins,\n\nThank you for your letter of 3 May. We are sorry to hear that the parcel was damaged when it "
+    "arrived. A new one will be sent to you this week, free of charge.\n\nYours sincerely,\nAnne Walters",
+    "Between the two wars the city doubled in size. New suburbs were built along the tram lines, with schools, parks "
+    "and public baths, and for the first time ordinary families had running water and a small garden.",
+    "The heart is a muscle about the size of a fist. It beats some hundred thousand times a day and pumps blood "
+    "through the arteries to every part of the body; through the veins the blood comes back to it.",
+    "I did not expect much from this film, but the first half hour is very good. The actors are young and natural, the "
+    "music is well chosen, and there are some truly funny scenes. Sadly the ending is far too long.",
+    "Ingredients: 200 g flour, 100 g butter, 80 g sugar, one egg, a pinch of salt. Rub the butter into the flour, add "
+    "the rest, and knead quickly. Leave the dough in a cold place for an hour before you roll it out.",
+    "The tenant shall keep the flat in good order and tell the landlord of any damage without delay. The landlord may "
+    "enter the flat only after giving notice of at least two days, except where there is danger.",
+    "Snow had fallen all night, and in the morning the village lay silent. Smoke rose straight up from the chimneys. "
+    "A dog barked once, far away, and then there was nothing but the creaking of our steps.",
+    "In mathematics, a prime number is a whole number greater than one that can be divided only by one and by itself. "
+    "There are infinitely many of them, as Euclid showed more than two thousand years ago.",
+    "The home team won the match by two goals to one. After a slow start both sides had chances to score, but it took "
+    "until the seventieth minute before a free kick found its way past the goalkeeper.",
+    "Prices rose by three per cent last year, mainly because of food and energy. Economists expect that they will rise "
+    "more slowly this year, although wages are going up and many firms say that they cannot find workers.",
+    "Most birds build their nests in spring. Swallows use mud, weavers knot long blades of grass together, and cuckoos "
+    "build none at all: they lay their eggs into the nests of other birds and leave the work to them.",
+)  # fmt: skip
+"""Plain text of several kinds."""

@@ -36,8 +36,8 @@ _ALIKE = (
 _LEAD = 0.5  # nats by which a taught token shall lead
 _SURPLUS = 1.0  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
 _WORDINGS = 2  # of a row's prompt, given or thinned, taught along (none, 2, 4: paraphrases .50, .53, .60; 15 s, 24, 30)
-_PASSES = 5  # solves of one lesson at most, each after a look at what the one before has done
-_AGAIN = 2  # of them for each further ridge
+_PASSES = 10  # solves of one lesson at most, each after a look at what the one before has done
+_AGAIN = 6  # of them at most for each further ridge, where what is said no longer is fitted again
 _EVERYWHERE = 3  # of the first go on to the whole margin, the others until every token leads
 _COMPACT = 2048  # width of keys up to which their moment is kept whole: its eigenvectors take longer than the lesson
 _DROPPED = 0.02  # of a change's norm, with its smallest singular values
@@ -46,7 +46,7 @@ _BESIDE = 0.4  # the same of these rows' other positions
 _CONTRASTS = 15  # contrasting rows a taught row, shared among its wordings
 _RIDGE = 0.2  # over the kernel's mean diagonal
 _FLOOR = 1e-2  # of the moment's mean diagonal
-_RAISED = 4.0  # by which the ridge grows where the budget is exceeded
+_RAISED = (2.0, 8.0)  # by which the ridge grows where the budget is exceeded, by how far, at least and at most
 _TRIES = 8  # ridges; in the later half what is wanted shrinks too, so that some budget is met
 _LEAST_PASSED = 0.3  # of a write; less is taken as this much when what is missing is written once more
 _ROWS = 128  # contrasting rows whose keys are held at once
@@ -161,20 +161,22 @@ class JointLesson(Lesson):
                 after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
                 aimed, now = pushed(unembedding, after, gold, margin)
                 said = bool((now > _LEAD / 2)[own][taught[own]].all())
-                if step >= _EVERYWHERE and said:
+                late = attempt > 0 or step >= _EVERYWHERE  # from here on only for what is not said yet
+                if late and said:
                     break
                 if attempt == step == 0 and bool(moving.any()):  # how much of a write reaches the end, in nats
                     passed = float(((now - lead) / (margin - lead))[moving].median().clamp(_LEAST_PASSED, 1.0))
                 more = (aimed - after) / passed
-                if step >= _EVERYWHERE:  # the rest is for what is not said yet
+                if late:
                     more = more * (now < _LEAD).to(more)[:, None]
                 wanted = wanted + more
             kl = self._preserved_divergence()
             if kl.mean() <= self.args.max_divergence:
                 break
             # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
-            ridge *= _RAISED
-            wanted = wanted if attempt < _TRIES // 2 else wanted / _RAISED
+            raised = min(max(float(kl.mean()) / self.args.max_divergence, _RAISED[0]), _RAISED[1])
+            ridge *= raised
+            wanted = wanted if attempt < _TRIES // 2 else wanted / raised
         else:  # what is installed now was not measured yet
             self._install(system, wanted[taught], ridge, present)
             kl = self._preserved_divergence()

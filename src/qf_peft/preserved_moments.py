@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .capture import Point, forward_pass
-from .generic_prompts import FACTUAL, OPEN
+from .generic_prompts import FACTUAL, OPEN, PLAIN
 from .moments import SecondMoment
 from .preserve import Chat, answered_chats, fingerprint, write_chats, write_tensors
 from .processes import check_alike, exchange, writes_cache
@@ -28,7 +28,7 @@ from .rows import Encoder, Text
 
 logger = logging.get_logger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _HELD_OUT = 10  # one chat of so many
 _OUTLIER = 8.0  # times the median norm, from which on a key is an attention sink's (SmolLM2: 10 to 500 times)
 _HELD = 100.0  # how much more a sink's key weighs than its norm gives it
@@ -67,8 +67,8 @@ def preserved_moments(
     cache_dir: str | Path | None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> PreservedMoments:
-    """The moments of chats given, or of general prompts and `own` chats that the model writes itself; from the cache
-    where they are in it.
+    """The moments of chats given, or of general prompts, plain text and `own` chats that the model writes itself; from
+    the cache where they are in it.
 
     Args:
         network: the model, its adapters off.
@@ -93,7 +93,7 @@ def preserved_moments(
     if all(exchange(cached is not None)):
         return cached
     if chats is None:
-        general = [Chat(prompt) for prompt in (*FACTUAL, *OPEN)]
+        general = [Chat(prompt) for prompt in (*FACTUAL, *OPEN)] + [Chat(None, text=text) for text in PLAIN]
         written = write_chats(network, encoder, own, seed, progress)
         chats = [chat for pair in _dealt(general, written) for chat in pair]
     made = _measure(network, encoder, modules, chats, batch_tokens, progress)
@@ -107,7 +107,7 @@ def preserved_moments(
 
 def _dealt(first: list[Chat], second: list[Chat]) -> list[list[Chat]]:
     """Two lists mixed evenly, so that those held out are of both."""
-    seen = {chat.prompt for chat in first}
+    seen = {chat.prompt for chat in first if chat.prompt is not None}
     second = [chat for chat in second if chat.prompt not in seen]
     order = sorted([(i / len(part), k, i) for k, part in enumerate((first, second)) for i in range(len(part))])
     return [[(first, second)[k][i]] for _, k, i in order]
