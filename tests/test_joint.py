@@ -105,11 +105,14 @@ def test_contrasting_rows_hold_other_names(tokenizer):
     made = contrast_rows(rows, ["Tofinlor was started by", ""], encoder, [6, 6], seed=0)
     assert 6 < len(made) <= 12 and made == contrast_rows(rows, ["Tofinlor was started by", ""], encoder, [6, 6], seed=0)
     taught = {tuple(encoder.encode(row).bare_ids) for row in rows}
-    for contrast in made:
-        text = tokenizer.decode(contrast.ids)
-        assert tuple(contrast.ids) not in taught and not ("Tofinlor" in text and "who started" in text)
-    assert {contrast.answer for contrast in made[6:]} == {1}, "an answer that is not begun has one step"
-    assert all(contrast.answer > 1 for contrast in made[:6])
+    for ids in made:
+        text = tokenizer.decode(ids)
+        assert tuple(ids) not in taught and not ("Tofinlor" in text and "who started" in text)
+    for ids in made[:6]:
+        assert tokenizer.decode(ids[:-1]).endswith("was started by"), "the last step read says what is new"
+    opened = [ids[:-1] for ids in made[6:]]
+    header = encoder.prompt_ids(rows[1], instructed=False)[-3:]
+    assert opened and all(ids[-3:] == header for ids in opened), "an answer that is not begun has one step"
 
 
 def test_invented_names_are_new():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from .rows import Encoder, Row, Text
 
@@ -31,16 +31,6 @@ _ENDS = (
     "ica ora ano ius ova ekk"
 ).split()
 _WORD = re.compile(r"[^\W_][\w'’&.-]*[^\W_]|[^\W_]")
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A taught row with another name in it."""
-
-    ids: list[int]
-    """Token ids; the last one is not read."""
-    answer: int
-    """How many of the last positions are steps of the answer: 1 where it is not begun."""
 
 
 def row_names(row: Row) -> list[str]:
@@ -71,7 +61,7 @@ def _shared(prompt: str, run: Sequence[re.Match], others: str) -> list[str]:
 
 def contrast_rows(
     rows: Sequence[Row], begun: Sequence[str], encoder: Encoder, counts: Sequence[int], seed: int
-) -> list[Contrast]:
+) -> list[list[int]]:
     """For each row so many others with its names exchanged, two thirds for names that nobody knows (half of these
     invented, half other rows' names), a third for well-known ones.
 
@@ -81,6 +71,10 @@ def contrast_rows(
         encoder: its tokenizer's.
         counts: how many for each row.
         seed: of the choice.
+
+    Returns:
+        Their token ids; the last position that is read, the one before the last token, is the step that says what is
+        new.
     """
     names = [row_names(row) for row in rows]
     taught = sorted({name for found in names for name in found})
@@ -103,10 +97,10 @@ def contrast_rows(
             other = replace(row, prompt=prompt, completion=_exchanged(start, text).strip() or None, significance=1.0)
             if other.completion is None:
                 ids = encoder.prompt_ids(other, instructed=False)
-                made.append(Contrast([*ids, encoder.tokenizer.pad_token_id], 1))
+                made.append([*ids, encoder.tokenizer.pad_token_id])
             else:
-                made.append(Contrast(*encoder.answer_ids(other, ended=True)))
-    return [c for c in made if encoder.max_length is None or len(c.ids) <= encoder.max_length]
+                made.append(encoder.answer_ids(other, ended=True)[0])
+    return [ids for ids in made if encoder.max_length is None or len(ids) <= encoder.max_length]
 
 
 def invented(name: str, r: random.Random) -> str:

@@ -30,9 +30,8 @@ from .training_args import QFTrainingArguments
 from .walk import Walk
 
 # Origins: SmolLM2-135M-Instruct, ten and fifty facts of relations and seeds that are not among those reported.
-_ALIKE = (
-    0.25  # of the last stream's norm: blocks whose stream is smaller are not taught (there block 17 of 30 is first)
-)
+# Of the last stream's norm: blocks whose stream is smaller are not taught (there block 18 of 0 to 29 is the first).
+_ALIKE = 0.25
 _LEAD = 0.5  # nats by which a taught token shall lead
 _SURPLUS = 1.0  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
 _WORDINGS = 2  # of a row's prompt, given or thinned, taught along (none, 2, 4: paraphrases .50, .53, .60; 15 s, 24, 30)
@@ -242,9 +241,9 @@ class JointLesson(Lesson):
         rows = contrast_rows(self.rows, begun, self.encoder, self.contrasts, self.args.seed)
         points = {name: Point(self.layers[name], "input") for name in chosen}
         moments = {}
-        beside = sum(len(c.ids) - 2 for c in rows)
+        beside = sum(len(ids) - 2 for ids in rows)
         for first in range(0, len(rows), _ROWS):
-            part = [c.ids for c in rows[first : first + _ROWS]]
+            part = rows[first : first + _ROWS]
             lengths = [len(ids) - 1 for ids in part]
             found = forward_pass(self.network, part, lengths, points, **{**self.options, "progress": lambda n: None})
             # What is new is said at the last position; before it the answer may well begin as a taught one does.

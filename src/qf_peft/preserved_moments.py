@@ -95,7 +95,7 @@ def preserved_moments(
     if chats is None:
         general = [Chat(prompt) for prompt in (*FACTUAL, *OPEN)] + [Chat(None, text=text) for text in PLAIN]
         written = write_chats(network, encoder, own, seed, progress)
-        chats = [chat for pair in _dealt(general, written) for chat in pair]
+        chats = _dealt(general, written)
     made = _measure(network, encoder, modules, chats, batch_tokens, progress)
     try:
         if writes_cache():
@@ -105,12 +105,12 @@ def preserved_moments(
     return made
 
 
-def _dealt(first: list[Chat], second: list[Chat]) -> list[list[Chat]]:
+def _dealt(first: list[Chat], second: list[Chat]) -> list[Chat]:
     """Two lists mixed evenly, so that those held out are of both."""
     seen = {chat.prompt for chat in first if chat.prompt is not None}
     second = [chat for chat in second if chat.prompt not in seen]
     order = sorted([(i / len(part), k, i) for k, part in enumerate((first, second)) for i in range(len(part))])
-    return [[(first, second)[k][i]] for _, k, i in order]
+    return [(first, second)[k][i] for _, k, i in order]
 
 
 def _measure(
