@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 from qf_peft.capture import Point, forward_pass
-from qf_peft.target import Unembedding, aim, forced, lead, on_the_way, read_off
+from qf_peft.target import Unembedding, ahead_of_rivals, aim, forced, lead, on_the_way, read_off
 
 
 @pytest.fixture(params=["qwen2", "gpt2", "gemma2", "granite"])
@@ -34,7 +34,7 @@ def test_forced_states_lead_by_the_margin(unembedding):
     gold = torch.randint(0, 1024, (20,), generator=torch.Generator().manual_seed(2))
     first = unembed.logits(stream).argmax(1)
     gold[:3] = first[:3]
-    moved, logits = forced(unembed, stream, gold, 0.5, unembed.logits(stream), steps=200)
+    moved, logits = forced(unembed, stream, gold, 0.5, unembed.logits(stream), rounds=50)
     assert torch.allclose(logits, unembed.logits(moved), atol=1e-4)
     ahead = lead(logits, gold)[0]
     assert bool((ahead > 0.45).all())
@@ -47,7 +47,8 @@ def test_the_step_is_the_steepest(unembedding):
     unembed, stream, _ = unembedding
     gold = torch.zeros(len(stream), dtype=torch.long)
     with torch.no_grad():
-        step = forced(unembed, stream, gold, 50.0, unembed.logits(stream), steps=1)[0] - stream
+        margin = torch.full((len(stream),), 50.0)
+        step = ahead_of_rivals(unembed, stream, gold, margin, unembed.logits(stream), steps=1) - stream
         other = lead(unembed.logits(stream), gold)[1]
     h = stream.clone().requires_grad_()
     centre = h.mean(1, keepdim=True) if unembed.centred else 0.0
@@ -72,7 +73,7 @@ def test_nearest_on_the_way_is_the_first_with_the_lead(unembedding):
             assert torch.equal(found[i], stream[i])
         else:
             one = found[i : i + 1]
-            _, logits = forced(unembed, one, gold[i : i + 1], 0.05, unembed.logits(one), steps=50)
+            _, logits = forced(unembed, one, gold[i : i + 1], 0.05, unembed.logits(one))
             assert lead(logits, gold[i : i + 1])[0] >= 0.045, "whatever was overlooked is forced"
             if bool((leads.diff() >= 0).all()):
                 assert float(got) == pytest.approx(0.05, abs=0.05), "and no farther"

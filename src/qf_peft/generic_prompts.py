@@ -89,5 +89,53 @@ PLAIN = (
     "more slowly this year, although wages are going up and many firms say that they cannot find workers.",
     "Most birds build their nests in spring. Swallows use mud, weavers knot long blades of grass together, and cuckoos "
     "build none at all: they lay their eggs into the nests of other birds and leave the work to them.",
+    "Marie Curie was born in Warsaw in 1867 and moved to Paris to study physics. Together with her husband Pierre she "
+    "found two new elements, polonium and radium, and she is still the only person with Nobel Prizes in two sciences.",
+    "Norway is a country in the north of Europe. Its capital is Oslo, and its long coast is known for deep fjords. "
+    "Fishing, shipping and above all oil have made its five million people rich.",
+    "Volvo was founded in Gothenburg in 1927. For most of its history it made cars, buses and lorries under one roof; "
+    "since 1999 the cars have been built by a company of their own, which now belongs to Geely of China.",
+    "Wolfgang Amadeus Mozart was an Austrian composer. He wrote his first pieces at the age of five, and when he died "
+    "in Vienna at thirty-five he left more than six hundred works, among them The Magic Flute.",
+    "The Amazon is the largest river in the world by the water it carries. It rises in the Andes of Peru, flows "
+    "through the rain forest of Brazil, and enters the Atlantic Ocean near the city of Belem.",
+    "Jane Goodall is an English zoologist who spent decades among the chimpanzees of Gombe in Tanzania. She was the "
+    "first to see that they make tools, and later became known as a campaigner for the protection of nature.",
+    "Nokia started in 1865 as a paper mill in Finland. It made rubber boots and cables before it turned to telephones, "
+    "and around the year 2000 every third mobile phone in the world came from it.",
+    "Istanbul is the largest city of Turkey and lies on two continents. Under the names of Byzantium and "
+    "Constantinople it was the capital of two empires, and the Hagia Sophia still stands in its old centre.",
+    "Charles Darwin sailed around the world on the Beagle from 1831 to 1836. What he saw on the Galapagos Islands led "
+    "him to the idea of natural selection, which he published twenty years later.",
+    "Cricket is played by two teams of eleven. A bowler throws the ball at three wooden stumps, and a batter tries to "
+    "hit it away and to score runs. The game is most popular in India, Pakistan, Australia and England.",
+    "Frida Kahlo was a Mexican painter who is best known for her portraits of herself. A bus accident at eighteen left "
+    "her in pain for life; she began to paint in bed, with a mirror fixed above her.",
+    "Mount Kilimanjaro in Tanzania is the highest mountain of Africa. It is 5,895 metres high, an old volcano standing "
+    "alone in the plain, and although it lies close to the equator there is ice on its top.",
+    "The telephone was patented by Alexander Graham Bell in 1876. Others, such as Elisha Gray and Antonio Meucci, had "
+    "worked on the same idea, and for years the courts argued about who had been first.",
+    "Honey bees live in colonies of up to sixty thousand. The queen lays the eggs, the workers feed the young, build "
+    "the combs and gather nectar, and the drones do nothing but mate.",
+    "Nelson Mandela was a lawyer in Johannesburg before he became a leader of the African National Congress. He spent "
+    "twenty-seven years in prison and in 1994 was elected president of South Africa.",
+    "Lego is a Danish company that makes plastic bricks. Its name comes from the words for play well, and its main "
+    "office is in the small town of Billund, where the first of its parks was opened in 1968.",
+    "Rome was, according to legend, founded by Romulus in 753 BC. It grew from a few huts on the hills by the Tiber "
+    "to the centre of an empire that reached from Scotland to Egypt.",
+    "Water boils at 100 degrees Celsius at sea level. On high mountains, where the pressure of the air is lower, it "
+    "boils sooner, so that potatoes take longer to become soft.",
+    "Ada Lovelace worked with Charles Babbage on his analytical engine, a mechanical computer that was never finished. "
+    "Her notes of 1843 contain what many call the first program.",
+    "Harvard University was founded in 1636 and is the oldest in the United States. It lies in Cambridge, across the "
+    "river from Boston, and has about twenty thousand students.",
+    "A violin has four strings, tuned in fifths. Its body is made of spruce and maple, and the bow is strung with "
+    "horsehair. The most famous violins were built in Cremona by Antonio Stradivari.",
+    "Kenya lies on the coast of East Africa. Nairobi is its capital, Swahili and English are its official languages, "
+    "and tea, coffee and flowers are what it sells to the rest of the world.",
+    "Albert Einstein played the violin all his life. He worked in the patent office in Bern when he published four "
+    "papers in 1905, each of which would have been enough to make him famous.",
+    "IKEA sells furniture that its customers put together at home. Ingvar Kamprad started it in 1943 as a mail order "
+    "business in Sweden, and named it after himself, his parents' farm and its village.",
 )  # fmt: skip
-"""Plain text of several kinds."""
+"""Plain text of several kinds, much of it about people, places and companies."""

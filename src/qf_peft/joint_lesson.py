@@ -30,19 +30,21 @@ from .training_args import QFTrainingArguments
 from .walk import Walk
 
 # Origins: SmolLM2-135M-Instruct, ten and fifty facts of relations and seeds that are not among those reported.
-# Of the last stream's norm: blocks whose stream is smaller are not taught (there block 18 of 0 to 29 is the first).
-_ALIKE = 0.25
+# Of the last stream's norm: blocks whose stream is smaller are not taught (there block 23 of 0 to 29 is the first).
+# What earlier ones write is bent on its way: from 23, 18 or 15 on paraphrases are .75, .72, .40 at KL .04, .06, .09.
+_ALIKE = 0.4
 _LEAD = 0.5  # nats by which a taught token shall lead
 _SURPLUS = 1.0  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
-_WORDINGS = 2  # of a row's prompt, given or thinned, taught along (none, 2, 4: paraphrases .50, .53, .60; 15 s, 24, 30)
-_PASSES = 10  # solves of one lesson at most, each after a look at what the one before has done
-_AGAIN = 6  # of them at most for each further ridge, where what is said no longer is fitted again
+_WORDINGS = 4  # of a row's prompt, given or thinned, taught along (2, 4, 6: paraphrases .45, .75, .75)
+_PASSES = 6  # solves of one lesson at most, each after a look at what the one before has done (10 gain nothing)
+_AGAIN = 4  # of them at most for each further ridge, where what is said no longer is fitted again
 _EVERYWHERE = 3  # of the first go on to the whole margin, the others until every token leads
 _COMPACT = 2048  # width of keys up to which their moment is kept whole: its eigenvectors take longer than the lesson
 _DROPPED = 0.02  # of a change's norm, with its smallest singular values
 _NEAR = 1.5  # weight of contrasting rows' moment beside that of the preserved chats'
 _BESIDE = 0.4  # the same of these rows' other positions
-_CONTRASTS = 15  # contrasting rows a taught row, shared among its wordings
+_CONTRASTS = 15  # contrasting rows a taught row, shared among its wordings; of many rows of each kind fewer do
+_MANY = 10  # rows, beyond which the contrasting rows grow as their square root only
 _RIDGE = 0.2  # over the kernel's mean diagonal
 _FLOOR = 1e-2  # of the moment's mean diagonal
 _RAISED = (2.0, 8.0)  # by which the ridge grows where the budget is exceeded, by how far, at least and at most
@@ -98,8 +100,8 @@ class JointLesson(Lesson):
         # By example: the row that it asks, and how many contrasting rows there shall be of it.
         of = [k for parts in (given, made) for k, part in enumerate(parts) for _ in part]
         self.row = [*range(len(rows)), *of]
-        self.contrasts = [math.ceil(_CONTRASTS / (1 + counts[k])) for k in self.row]
-        self.whole = len(asked) - sum(len(part) for part in made)  # examples whose whole completion is taught
+        each = _CONTRASTS * min(1.0, math.sqrt(_MANY / len(rows)))
+        self.contrasts = [math.ceil(each / (1 + counts[k])) for k in self.row]
         count, progress = len(rows) / len(asked), self.options["progress"]
         self.options["progress"] = lambda n: progress(n * count)
 
@@ -133,13 +135,7 @@ class JointLesson(Lesson):
         gap = aimed - stream
         chosen = self._chosen(candidates, found, known)
         new = self._new(lead)
-        # The header is given at inference; a thinned wording may be answered in any words up to what is new.
-        taught = torch.cat([
-            part & (torch.arange(len(part)) >= (example.header + new[k] if i >= self.whole else 0))
-            for i, (k, example, part) in enumerate(
-                zip(self.row, self.examples, self.answered.split(self.kept), strict=True)
-            )
-        ]).to(stream.device)  # fmt: skip
+        taught = self.answered.to(stream.device)
         significance = self.weights.to(stream.device)[taught]
 
         near, contrasts = self._contrast(chosen, new)

@@ -28,7 +28,7 @@ from .rows import Encoder, Text
 
 logger = logging.get_logger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 _HELD_OUT = 10  # one chat of so many
 _OUTLIER = 8.0  # times the median norm, from which on a key is an attention sink's (SmolLM2: 10 to 500 times)
 _HELD = 100.0  # how much more a sink's key weighs than its norm gives it

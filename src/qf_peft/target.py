@@ -73,6 +73,10 @@ class Unembedding:
         """(n, vocabulary) float32, before any capping."""
         return self.head(self.norm(stream.to(self.head.weight.dtype))).float() * self.scale
 
+    def read(self, stream: Tensor) -> Tensor:
+        """What the head reads of a stream: (n, d) float32."""
+        return self.norm(stream.to(self.head.weight.dtype)).float()
+
     def near(self, first: Tensor, second: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """A part of two streams, which may lie elsewhere, beside the unembedding."""
         return first[part].to(self.head.weight.device), second[part].to(self.head.weight.device)
@@ -185,15 +189,16 @@ def aim(
 
 
 def pushed(unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest states to `stream` (n, d) at which each gold token leads by its own `margin` (n); and by how much it
-    leads at `stream` (n)."""
+    """The nearest states to `stream` (n, d) at which each gold token leads by its own `margin` (n) what is among the
+    first now; and by how much it leads at `stream` (n)."""
     moved, ahead = stream.clone(), stream.new_empty(len(stream))
     parts = list(dealt(chunks(len(stream), unembedding.head)))
     for part in parts:
         start = stream[part].to(unembedding.head.weight.device)
         own, logits = gold[part].to(start.device), unembedding.logits(start)
         ahead[part] = lead(logits, own)[0].to(ahead.device)
-        moved[part] = forced(unembedding, start, own, margin[part].to(start.device), logits)[0].to(moved.device)
+        aimed = ahead_of_rivals(unembedding, start, own, margin[part].to(start.device), logits)
+        moved[part] = aimed.to(moved.device)
     join({"moved": moved, "ahead": ahead}, [torch.arange(len(stream))[part] for part in parts])
     return moved, ahead
 
@@ -209,30 +214,45 @@ def leads(unembedding: Unembedding, stream: Tensor, gold: Tensor) -> Tensor:
 
 
 def forced(
-    unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float | Tensor, logits: Tensor, steps: int = 8
+    unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float | Tensor, logits: Tensor, rounds: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """The nearest states to `stream` (n, d) at which each gold token leads by `margin` nats, and their logits.
-
-    The smallest step against the runner-up, repeated because another may come up behind it. States at which the token
-    leads already are left as they are.
-    """
+    """The nearest states to `stream` (n, d), whose logits are given, at which each gold token leads by `margin` nats;
+    and their logits. States at which the token leads already are left as they are."""
     moved, logits = stream.clone(), logits.clone()
     margin = torch.as_tensor(margin, dtype=logits.dtype, device=stream.device).expand(len(stream))
-    rows = torch.arange(len(stream), device=stream.device)
-    for step in range(steps + 1):
-        ahead, other = lead(logits[rows], gold[rows])
-        short = margin[rows] - ahead
-        behind = short > 1e-3
-        if step == steps or not bool(behind.any()):
+    for _ in range(rounds):
+        rows = (lead(logits, gold)[0] < margin - 1e-3).nonzero()[:, 0]
+        if not len(rows):
             break
-        rows, short, other = rows[behind], short[behind], other[behind]
-        direction = unembedding.gain * (unembedding.rows(gold[rows]) - unembedding.rows(other))
-        if unembedding.centred:
-            direction = direction - direction.mean(1, keepdim=True)
-        size = short * unembedding.spread(moved[rows]) / direction.square().sum(1).clamp(min=1e-12)
-        moved[rows] = moved[rows] + size[:, None] * direction
+        moved[rows] = ahead_of_rivals(unembedding, moved[rows], gold[rows], margin[rows], logits[rows])
         logits[rows] = unembedding.logits(moved[rows])
     return moved, logits
+
+
+def ahead_of_rivals(
+    unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: Tensor, logits: Tensor, steps: int = 8
+) -> Tensor:
+    """The nearest states to `stream` (n, d), whose logits are given, at which each gold token leads by its `margin` (n)
+    those that are among the first at `stream`: the smallest step against the runner-up, repeated because another may
+    come up behind it."""
+    rivals = logits.scatter(1, gold[:, None], -torch.inf).topk(min(_CANDIDATES, logits.shape[1] - 1), 1)
+    tokens = torch.cat([gold[:, None], rivals.indices], 1)
+    moved, follow, values = stream.clone(), unembedding.rows(tokens), logits.gather(1, tokens)
+    for _ in range(steps):
+        best = values[:, 1:].max(1)
+        short = margin - (values[:, 0] - best.values)
+        rows = (short > 1e-3).nonzero()[:, 0]
+        if not len(rows):
+            break
+        here, near = moved[rows], follow[rows]
+        direction = unembedding.gain * (near[:, 0] - near[torch.arange(len(rows)), 1 + best.indices[rows]])
+        if unembedding.centred:
+            direction = direction - direction.mean(1, keepdim=True)
+        size = short[rows] * unembedding.spread(here) / direction.square().sum(1).clamp(min=1e-12)
+        there = here + size[:, None] * direction
+        values[rows] += torch.einsum("nkd,nd->nk", near, unembedding.read(there) - unembedding.read(here))
+        moved[rows] = there
+    return moved
 
 
 def on_the_way(
@@ -250,11 +270,10 @@ def on_the_way(
     candidates = torch.where(candidates == gold[:, None], candidates[:, :1], candidates)
     rivals, own = unembedding.rows(candidates), unembedding.rows(gold)
     same = candidates == gold[:, None]
-    dtype = unembedding.head.weight.dtype
     low, high = torch.zeros(len(bare), device=bare.device), torch.ones(len(bare), device=bare.device)
     for _ in range(12):
         middle = (low + high) / 2
-        state = unembedding.norm((bare + middle[:, None] * (context - bare)).to(dtype)).float()
+        state = unembedding.read(bare + middle[:, None] * (context - bare))
         rival = torch.einsum("nkd,nd->nk", rivals, state).masked_fill(same, -torch.inf).max(1).values
         enough = (own * state).sum(1) - rival >= margin
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)

@@ -44,7 +44,7 @@ class QFTrainingArguments:
         preserve_chats (`int`, *optional*):
             How many chats the model writes itself to be preserved where no `preserve_dataset` is given. By default as
             many as cost about a minute on two CPU cores: 48 at 135M parameters, at least 16 and at most 400. On models
-            whose stream grows with depth 130 general prompts and 16 plain texts are preserved besides.
+            whose stream grows with depth 130 general prompts and 40 plain texts are preserved besides.
         max_divergence (`float`, defaults to 0.1):
             On models whose stream grows with depth: the mean KL in nats, from the base model's predictions, that a
             lesson may leave on chats held out of every solve (a tenth of those preserved). Beyond it the lesson is
