@@ -34,7 +34,7 @@ def test_forced_states_lead_by_the_margin(unembedding):
     gold = torch.randint(0, 1024, (20,), generator=torch.Generator().manual_seed(2))
     first = unembed.logits(stream).argmax(1)
     gold[:3] = first[:3]
-    moved, logits = forced(unembed, stream, gold, 0.5, unembed.logits(stream), rounds=50)
+    moved, logits = forced(unembed, stream, gold, 0.5, unembed.logits(stream), steps=200)
     assert torch.allclose(logits, unembed.logits(moved), atol=1e-4)
     ahead = lead(logits, gold)[0]
     assert bool((ahead > 0.45).all())
@@ -42,13 +42,26 @@ def test_forced_states_lead_by_the_margin(unembedding):
     assert torch.equal(moved[already], stream[already])
 
 
+@torch.no_grad()
+def test_ahead_of_those_that_are_first_now(unembedding):
+    """As forced does, where none but the first 32 come up; with margins of each state's own."""
+    unembed, stream, _ = unembedding
+    logits = unembed.logits(stream)
+    gold, margin = logits.topk(6, 1).indices[:, -1], torch.linspace(0.05, 0.3, 20)
+    moved = ahead_of_rivals(unembed, stream, gold, margin, logits, steps=50)
+    for i in range(20):
+        alone = forced(unembed, stream[i : i + 1], gold[i : i + 1], float(margin[i]), logits[i : i + 1], steps=50)[0]
+        if lead(unembed.logits(moved[i : i + 1]), gold[i : i + 1])[0] >= margin[i] - 1e-2:
+            assert torch.allclose(moved[i], alone[0], atol=1e-3)
+    assert float((lead(unembed.logits(moved), gold)[0] >= margin - 1e-2).float().mean()) > 0.8
+
+
 def test_the_step_is_the_steepest(unembedding):
     """Its direction is the gradient of the lead, as autograd gives it with the norm's size held."""
     unembed, stream, _ = unembedding
     gold = torch.zeros(len(stream), dtype=torch.long)
     with torch.no_grad():
-        margin = torch.full((len(stream),), 50.0)
-        step = ahead_of_rivals(unembed, stream, gold, margin, unembed.logits(stream), steps=1) - stream
+        step = forced(unembed, stream, gold, 50.0, unembed.logits(stream), steps=1)[0] - stream
         other = lead(unembed.logits(stream), gold)[1]
     h = stream.clone().requires_grad_()
     centre = h.mean(1, keepdim=True) if unembed.centred else 0.0
@@ -73,7 +86,7 @@ def test_nearest_on_the_way_is_the_first_with_the_lead(unembedding):
             assert torch.equal(found[i], stream[i])
         else:
             one = found[i : i + 1]
-            _, logits = forced(unembed, one, gold[i : i + 1], 0.05, unembed.logits(one))
+            _, logits = forced(unembed, one, gold[i : i + 1], 0.05, unembed.logits(one), steps=50)
             assert lead(logits, gold[i : i + 1])[0] >= 0.045, "whatever was overlooked is forced"
             if bool((leads.diff() >= 0).all()):
                 assert float(got) == pytest.approx(0.05, abs=0.05), "and no farther"

@@ -214,17 +214,22 @@ def leads(unembedding: Unembedding, stream: Tensor, gold: Tensor) -> Tensor:
 
 
 def forced(
-    unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float | Tensor, logits: Tensor, rounds: int = 8
+    unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float, logits: Tensor, steps: int = 8
 ) -> tuple[Tensor, Tensor]:
     """The nearest states to `stream` (n, d), whose logits are given, at which each gold token leads by `margin` nats;
-    and their logits. States at which the token leads already are left as they are."""
+    and their logits.
+
+    The smallest step against the runner-up, repeated because another may come up behind it. States at which the token
+    leads already are left as they are.
+    """
     moved, logits = stream.clone(), logits.clone()
-    margin = torch.as_tensor(margin, dtype=logits.dtype, device=stream.device).expand(len(stream))
-    for _ in range(rounds):
-        rows = (lead(logits, gold)[0] < margin - 1e-3).nonzero()[:, 0]
+    for _ in range(steps):
+        ahead, other = lead(logits, gold)
+        rows = (margin - ahead > 1e-3).nonzero()[:, 0]
         if not len(rows):
             break
-        moved[rows] = ahead_of_rivals(unembedding, moved[rows], gold[rows], margin[rows], logits[rows])
+        rivals, short = unembedding.rows(other[rows]), margin - ahead[rows]
+        moved[rows] += smallest_step(unembedding, moved[rows], unembedding.rows(gold[rows]), rivals, short)
         logits[rows] = unembedding.logits(moved[rows])
     return moved, logits
 
@@ -232,9 +237,8 @@ def forced(
 def ahead_of_rivals(
     unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: Tensor, logits: Tensor, steps: int = 8
 ) -> Tensor:
-    """The nearest states to `stream` (n, d), whose logits are given, at which each gold token leads by its `margin` (n)
-    those that are among the first at `stream`: the smallest step against the runner-up, repeated because another may
-    come up behind it."""
+    """As [`forced`], to margins of each one's own (n), but among the tokens that are the first at `stream` only: no
+    logits of the whole vocabulary are computed."""
     rivals = logits.scatter(1, gold[:, None], -torch.inf).topk(min(_CANDIDATES, logits.shape[1] - 1), 1)
     tokens = torch.cat([gold[:, None], rivals.indices], 1)
     moved, follow, values = stream.clone(), unembedding.rows(tokens), logits.gather(1, tokens)
@@ -245,14 +249,21 @@ def ahead_of_rivals(
         if not len(rows):
             break
         here, near = moved[rows], follow[rows]
-        direction = unembedding.gain * (near[:, 0] - near[torch.arange(len(rows)), 1 + best.indices[rows]])
-        if unembedding.centred:
-            direction = direction - direction.mean(1, keepdim=True)
-        size = short[rows] * unembedding.spread(here) / direction.square().sum(1).clamp(min=1e-12)
-        there = here + size[:, None] * direction
+        first = near[torch.arange(len(rows), device=near.device), 1 + best.indices[rows]]
+        there = here + smallest_step(unembedding, here, near[:, 0], first, short[rows])
         values[rows] += torch.einsum("nkd,nd->nk", near, unembedding.read(there) - unembedding.read(here))
         moved[rows] = there
     return moved
+
+
+def smallest_step(unembedding: Unembedding, stream: Tensor, gold: Tensor, other: Tensor, nats: Tensor) -> Tensor:
+    """What raises a token's lead over another by so many `nats` (n), with the norm's size held: (n, d); `gold` and
+    `other` are their rows of the unembedding (n, d)."""
+    direction = unembedding.gain * (gold - other)
+    if unembedding.centred:
+        direction = direction - direction.mean(1, keepdim=True)
+    size = nats * unembedding.spread(stream) / direction.square().sum(1).clamp(min=1e-12)
+    return size[:, None] * direction
 
 
 def on_the_way(
