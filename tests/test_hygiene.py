@@ -347,9 +347,16 @@ def test_dry_run_counts_what_a_lesson_teaches(tokenizer, tmp_path, monkeypatch):
     trainer = make(tokenizer, rows, paper=False, preserved=CHATS, cache_dir=tmp_path, layers=range(8))
     before = everything(trainer.model, tmp_path)
     network = trainer.model.get_base_model()
+    forward, seen = type(network).forward, []
+
+    def short(self, input_ids=None, **kwargs):
+        seen.append(input_ids.numel())
+        return forward(self, input_ids=input_ids, **kwargs)
+
     with monkeypatch.context() as patched:
-        patched.setattr(type(network), "forward", lambda *_, **__: 1 / 0)
+        patched.setattr(type(network), "forward", short)
         plan = trainer.dry_run()
+    assert max(seen) <= 8, "no more than a few tokens, to see which kind of lesson it is"
     assert everything(trainer.model, tmp_path) == before and trainer.metrics == {}
     metrics = trainer.train()
     assert plan["facts"] == metrics["facts"] == 4 and plan["taught_tokens"] == metrics["taught_tokens"]

@@ -6,7 +6,9 @@ from typing import Any
 
 from .blocks import find_blocks, split_path
 from .checks import check_teachable
+from .joint_lesson import passes_of, writers_late
 from .ledger import asked, check_consistent
+from .preserved_moments import general_chats, own_chats
 from .preserved_walk import OWN_CHATS
 from .trainer import QFTrainer
 
@@ -32,9 +34,19 @@ def plan(trainer: QFTrainer) -> dict[str, Any]:
     # rest of the way, to see what came of it.
     between = (blocks[-1] - blocks[0]) / depth
     passes = 2 + (2 + args.spread) * between + (1 - blocks[-1] / depth)
+    most = passes * args.sweeps
     preserves = args.preserve_strength > 0
     given = len(trainer.chats) if trainer.chats is not None else 0
     contrast = args.contrast_chats if preserves and len(trainer.rows) > 10 else 0
+    chats, written = given, (0 if given or not preserves else args.preserve_chats or OWN_CHATS) + contrast
+    if trainer.joint(examples):
+        modules = writers_late(modules, trainer._tuner.writers, depth)
+        passes, most = passes_of(1 - split_path(modules[0])[1] / depth)
+        if trainer.chats is None:
+            written = args.preserve_chats or own_chats(trainer._network)
+            chats = len(general_chats()) + written
+        else:
+            written = 0
     return {
         "facts": len(trainer.rows),
         "unanswered": len(trainer.rows) - len(rows),
@@ -44,8 +56,8 @@ def plan(trainer: QFTrainer) -> dict[str, Any]:
         "tokens": sum(len(e.context_ids) + len(e.bare_ids) for e in examples),
         "longest": max((len(e.context_ids) for e in examples), default=0),
         "modules": modules,
-        "chats": given if preserves else 0,
-        "chats_to_write": (0 if given or not preserves else args.preserve_chats or OWN_CHATS) + contrast,
+        "chats": chats if preserves else 0,
+        "chats_to_write": written,
         "forward_passes": round(passes, 2),
-        "forward_passes_at_most": round(passes * args.sweeps, 2),
+        "forward_passes_at_most": round(most, 2),
     }

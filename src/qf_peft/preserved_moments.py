@@ -78,9 +78,7 @@ def preserved_moments(
         own: how many chats the model shall write then; None for as many as cost about a minute on two CPU cores.
         batch_tokens, seed, cache_dir, progress: as in [`preserved_keys`].
     """
-    if own is None:
-        size = sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n)
-        own = int(min(_MOST, max(_FEWEST, _WRITTEN / size)))
+    own = own_chats(network) if own is None else own
     content = [(c.prompt, c.completion, c.text) for c in chats] if chats is not None else own
     names = sorted(modules)
     identity = hashlib.sha256(
@@ -93,9 +91,7 @@ def preserved_moments(
     if all(exchange(cached is not None)):
         return cached
     if chats is None:
-        general = [Chat(prompt) for prompt in (*FACTUAL, *OPEN)] + [Chat(None, text=text) for text in PLAIN]
-        written = write_chats(network, encoder, own, seed, progress)
-        chats = _dealt(general, written)
+        chats = _dealt(general_chats(), write_chats(network, encoder, own, seed, progress))
     made = _measure(network, encoder, modules, chats, batch_tokens, progress)
     try:
         if writes_cache():
@@ -103,6 +99,17 @@ def preserved_moments(
     except OSError as error:  # a full disk or a folder that cannot be written costs the cache, not the lesson
         logger.warning(f"the preserved moments could not be cached in {folder}: {error}")
     return made
+
+
+def general_chats() -> list[Chat]:
+    """The prompts and texts that are preserved by default, whatever the model."""
+    return [Chat(prompt) for prompt in (*FACTUAL, *OPEN)] + [Chat(None, text=text) for text in PLAIN]
+
+
+def own_chats(network: nn.Module) -> int:
+    """How many chats a model writes itself by default: as many as cost about a minute on two CPU cores."""
+    size = sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n)
+    return int(min(_MOST, max(_FEWEST, _WRITTEN / size)))
 
 
 def _dealt(first: list[Chat], second: list[Chat]) -> list[Chat]:

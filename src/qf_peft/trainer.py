@@ -226,7 +226,7 @@ class QFTrainer:
     def _teach(self, rows: list[Row], progress: tqdm) -> None:
         """Teach rows beside what binds, and note them."""
         start, known = time.perf_counter(), len(self.facts)
-        joint = self._joint(self.encoder.encode(rows[0]))
+        joint = self.joint([self.encoder.encode(rows[0])])
         preserved, contrast, moments = None, None, None
         if joint:
             moments = self._moments(progress)
@@ -292,7 +292,7 @@ class QFTrainer:
         start = time.perf_counter()
         self._tuner.taught[self.adapter_name] = replace(taught, rehearsed=taught.facts)
         examples = [self.encoder.encode(row) for row in rows]
-        joint, pad = self._joint(examples[0]), self.encoder.tokenizer.pad_token_id
+        joint, pad = self.joint(examples), self.encoder.tokenizer.pad_token_id
         for _ in range(1 if joint else self.args.sweeps):
             missed = unsaid(
                 self._network, examples, SAID if joint else SAFE, batch_tokens=self.args.batch_tokens, pad_id=pad
@@ -319,8 +319,7 @@ class QFTrainer:
         `train()` does it where it has not been done. It is the slow part the first time a model is taught.
         """
         with all_or_none(), self._ready() as progress:
-            probe = self.encoder.prompt_ids(Row(0, "", "Who are you?", None), instructed=False)
-            if self._joint(probe):
+            if self.joint([]):
                 self._moments(progress)
             else:
                 self._preserved(len(self.rows), progress)
@@ -370,8 +369,8 @@ class QFTrainer:
         return self._tracked("eval", found)
 
     def dry_run(self) -> dict[str, Any]:
-        """Check everything that `train()` would teach, and say what it takes, without running the model or changing
-        anything.
+        """Check everything that `train()` would teach, and say what it takes, without running the model on more than a
+        few tokens or changing anything.
 
         Returns:
             `facts` (rows), `unanswered` (rows without a completion, which the model would answer first; not counted in
@@ -425,9 +424,11 @@ class QFTrainer:
             self._trackers.log(group, metrics)
         return metrics
 
-    def _joint(self, example: Example | list[int]) -> bool:
-        """Whether lessons are solved jointly; `example` gives some tokens of real input."""
-        ids = example if isinstance(example, list) else example.bare_ids
+    def joint(self, examples: list[Example]) -> bool:
+        """Whether lessons are solved jointly (see `joint_lesson.py`): two passes of a few tokens of the first of the
+        examples, or of a question where there are none."""
+        question = Row(0, "", "Who are you?", None)
+        ids = examples[0].bare_ids if examples else self.encoder.prompt_ids(question, instructed=False)
         blocks, names = find_blocks(self._network)[1], list(self._tuner.layers(self.adapter_name))
         with self._tuner.without_adapters():
             trace_writers(self._network, blocks, names, ids[:8], self._tuner.writers)
