@@ -57,7 +57,7 @@ KINDS = {
     "preserved keys read": ["preserve.preserved_keys"],
     "passes": ["capture.forward_pass", "walk.Walk.begin", "walk.Walk.look", "walk.Walk.advance"],
     "solves": [
-        "solve.minimum_norm", "solve.preserving", "solve.beside", "solve.null_space", "moments.SecondMoment.update",
+        "solve.minimum_norm", "solve.preserving", "solve.beside", "moments.SecondMoment.update",
         "moments.SecondMoment.compact", "solve.LowRankDelta.compressed",
     ],
     "unembedding": ["target.aim", "target.read_off", "target.Reading.note"],

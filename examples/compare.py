@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 
 import torch
+from editors import alphaedit, solving_by
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -201,6 +202,13 @@ class Comparison:
             processing_class=self.tokenizer,
         )
 
+    def alphaedit(self, rows, preserved, ridge):
+        with solving_by(alphaedit):
+            return self.qf(
+                rows, preserved, target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0,
+                sweeps=1, ridge=ridge,
+            )  # fmt: skip
+
     def evaluate(self, trainer, known, unknown, most=60):
         """Shares of right answers; of many facts the first sixty are asked."""
         trainer.rows, trainer.dataset = trainer.rows[:most], trainer.dataset[:most]
@@ -234,11 +242,7 @@ def methods(compare, facts):
             for c in (0.3, 3.0, 30.0)
         ],
         "AlphaEdit's rule": [
-            lambda rows, kept, e=e: compare.qf(
-                rows, kept, target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0, sweeps=1,
-                solver="null_space", ridge=e,
-            )
-            for e in (1e-3, 1e-1, 10.0)
+            lambda rows, kept, e=e: compare.alphaedit(rows, kept, ridge=e) for e in (1e-3, 1e-1, 10.0)
         ],
     }  # fmt: skip
     for name, target in (("LoRA, all-linear", "all-linear"), ("LoRA, down_proj", ["down_proj"])):

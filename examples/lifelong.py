@@ -21,23 +21,25 @@ from pathlib import Path
 
 import torch
 from compare import Comparison, preserve_set, probe_sets, teaching_set
+from editors import alphaedit, solving_by
 from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.rows import Encoder, read_rows
+from qf_peft.solve import beside
 
 ALPHA_EDIT = dict(
     target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0, sweeps=1, rehearse=0.0,
-    solver="null_space", ridge=1e-3,
+    ridge=1e-3,
 )  # fmt: skip
 
 
 class Learner:
     """A model that is taught in batches, by QF."""
 
-    def __init__(self, compare, kept, forgetful=False, **settings):
-        self.compare, self.kept, self.forgetful = compare, kept, forgetful
+    def __init__(self, compare, kept, forgetful=False, solve=beside, **settings):
+        self.compare, self.kept, self.forgetful, self.solve = compare, kept, forgetful, solve
         self.args = QFTrainingArguments(disable_tqdm=True, cache_dir=compare.cache, **settings)
         self.model = get_peft_model(compare.base(), QFConfig(task_type="CAUSAL_LM"))
 
@@ -53,7 +55,8 @@ class Learner:
         trainer = self.trainer(rows)
         trainer.prepare()
         start = time.perf_counter()
-        trainer.train()
+        with solving_by(self.solve):
+            trainer.train()
         return time.perf_counter() - start
 
     def asked(self):
@@ -227,7 +230,7 @@ def main():
     learners = {
         "QF": lambda: Learner(compare, kept),
         "QF, no ledger": lambda: Learner(compare, kept, forgetful=True),
-        "AlphaEdit's rule": lambda: Learner(compare, kept, **ALPHA_EDIT),
+        "AlphaEdit's rule": lambda: Learner(compare, kept, solve=alphaedit, **ALPHA_EDIT),
         "LoRA, all-linear": lambda: FineTuner(compare),
     }
     runs = {}

@@ -134,10 +134,9 @@ def test_forcing_is_left_out_before_the_last_block(tokenizer):
     assert metrics["kl_after"] < 0.6 * metrics["kl_before"] and metrics["residual_left"] < 0.7
 
 
-@pytest.mark.parametrize("solver", ["preserving", "null_space"])
 @pytest.mark.parametrize("spread", [True, False])
-def test_named_choices(tokenizer, solver, spread):
-    args = {"solver": solver, "spread": spread, "target": "context", "significance": "rows", "margin": None}
+def test_named_choices(tokenizer, spread):
+    args = {"spread": spread, "target": "context", "significance": "rows", "margin": None}
     trainer = make(tokenizer, [FACT], ridge=1e-3, **args)
     metrics = trainer.train()
     assert metrics["kl_after"] < metrics["kl_before"]
@@ -188,7 +187,6 @@ def test_prepare_makes_the_cache(tokenizer, tmp_path):
     [
         ({"target": "far"}, "target='far'; expected one of"),
         ({"significance": "loss"}, "significance='loss'; expected one of"),
-        ({"solver": "magic"}, "solver='magic'; expected one of"),
         ({"margin": -1.0}, "margin=-1.0; expected a positive number or None"),
         ({"preserve_strength": -0.1}, "preserve_strength=-0.1; expected a number from 0 up"),
         ({"ridge": 0.0}, "ridge=0.0; expected a positive number"),

@@ -65,11 +65,10 @@ def same(here, there):
         (3, True, {}),
         (12, True, {"contrast_chats": 30}),
         (12, True, {"contrast_chats": 0, "activation_memory": 0.0}),
-        (3, True, {"solver": "null_space"}),
         (3, True, {"target": "context", "margin": None, "significance": "rows", "sweeps": 1}),
         (2, False, OWN),
     ],
-    ids=["few", "many", "in files", "null space", "towards the context", "own chats"],
+    ids=["few", "many", "in files", "towards the context", "own chats"],
 )
 def test_default(tokenizer, tmp_path, count, kept, settings):
     args = QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path, **settings)

@@ -1,10 +1,16 @@
 """The solves against independent formulas: pseudo-inverses and normal equations in float64."""
 
+import sys
+
 import pytest
 import torch
+from conftest import EXAMPLES
 
 from qf_peft.moments import SecondMoment
-from qf_peft.solve import LowRankDelta, minimum_norm, preserving
+from qf_peft.solve import LowRankDelta, TaughtTokens, minimum_norm, preserving
+
+sys.path.append(str(EXAMPLES))
+from editors import alphaedit
 
 
 def problem(n, d_in=24, d_out=10, seed=0):
@@ -246,3 +252,23 @@ def test_wide_keys_are_summed_in_blocks(monkeypatch):
     blocks = [minimum_norm(keys, residual, weights), preserving(keys, residual, SecondMoment(50), 1.0, 0.1, weights)]
     for a, b in zip(whole, blocks, strict=True):
         assert relative(b.dense(), a.dense()) < 1e-5
+
+
+@pytest.mark.parametrize("kept", [6, 40], ids=["few preserved keys", "many"])
+def test_alphaedit_is_its_formula(kept):
+    """Of the comparison: ΔW = Rᵀ S Y Q (Q (Yᵀ S Y + B) Q + ε I)⁻¹, and what spans the preserved keys is not touched."""
+    keys, residual = problem(5)
+    g = torch.Generator().manual_seed(1)
+    old = torch.randn(kept, 16, generator=g) @ torch.randn(16, 24, generator=g)
+    earlier, weights, floor = torch.randn(3, 24, generator=g), torch.rand(5, generator=g) + 0.5, 0.3
+    bound = SecondMoment(24).update(earlier)
+    bound.floor = floor
+    stays = TaughtTokens(old, torch.zeros(kept, 10), torch.ones(kept))
+    found = alphaedit(bound, TaughtTokens(keys, residual, weights), stays).dense()
+    values, vectors = torch.linalg.eigh(old.double().T @ old.double())
+    null = vectors[:, values <= 1e-2 * values.mean()]
+    q = null @ null.T
+    y, b, s = keys.double() @ q, earlier.double() @ q, weights.double()[:, None]
+    expected = torch.linalg.solve((y.T @ (s * y) + b.T @ b + floor * torch.eye(24)), y.T @ (s * residual.double())).T
+    assert relative(found, expected) < 1e-4
+    assert float((found.double() @ old.double().T).norm() / found.double().norm()) < 1e-3

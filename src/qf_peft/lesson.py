@@ -20,7 +20,7 @@ from .preserved_walk import FEW, PreservedWalk, middle
 from .processes import from_main
 from .rows import Example
 from .scratch import Scratch
-from .solve import LowRankDelta, TaughtTokens, beside, minimum_norm, null_space
+from .solve import LowRankDelta, TaughtTokens, beside, minimum_norm
 from .statistics import TaughtAdapter
 from .stream import aim_through_norm, norm_gain, trace_writers
 from .target import Reading, Unembedding, aim, lead, read_off
@@ -33,7 +33,6 @@ _FLOOR, _CEILING = 0.02, 5.0  # of a token's significance by KL
 _STANDING_RIDGE = 0.1  # of a standing instruction's solve, over the significance times the keys' mean square
 SAID = 0.5  # nats by which a token must lead where lessons are solved jointly
 SAFE = 2.0  # nats by which a token must lead to count as said: less is soon lost to other lessons
-_NULL = 1e-2  # AlphaEdit's threshold of a null direction, relative to the mean eigenvalue
 
 
 class Lesson:
@@ -101,6 +100,9 @@ class Lesson:
             self.weights = self.weights * answer
         self.head = network.get_output_embeddings()
         self.predicts = args.predicts
+
+    solve = staticmethod(beside)
+    """How a module's problem is solved where chats are preserved."""
 
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
         """Teach. Returns metrics, the examples whose completion the model does not read in context, and those that it
@@ -279,18 +281,13 @@ class Lesson:
             squares = torch.linalg.vector_norm(preserved, dim=1, dtype=torch.float32).square()
             mean = float((squares * weights).sum()) / width
             bound.floor += self.args.ridge * strength * mean
-            if self.args.solver == "null_space":
-                moment = SecondMoment(width).update(preserved, weights)
-                change = null_space(new.keys, new.residual, moment, _NULL, bound, new.significance)
-                bound.update(new.keys, new.significance)
-            else:  # preserved keys are taught to have their outputs before the first lesson: what was moved comes back
-                keys, moved = preserved.to(new.keys), new.residual.new_zeros(len(preserved), new.residual.shape[1])
-                if not known.styled and before.A.any() and before.B.any():
-                    moved = before(keys)
-                    if name in known.foundation:
-                        moved = moved - known.foundation[name].to(keys)(keys)
-                stays = TaughtTokens(keys, -moved, weights.to(new.keys) * strength)
-                change = beside(bound, new, stays)
+            # Preserved keys are taught to have their outputs before the first lesson: what was moved comes back.
+            keys, moved = preserved.to(new.keys), new.residual.new_zeros(len(preserved), new.residual.shape[1])
+            if not known.styled and before.A.any() and before.B.any():
+                moved = before(keys)
+                if name in known.foundation:
+                    moved = moved - known.foundation[name].to(keys)(keys)
+            change = self.solve(bound, new, TaughtTokens(keys, -moved, weights.to(new.keys) * strength))
         if preserved is None:
             change = beside(bound, new)
         config = self.tuner.peft_config[self.adapter]

@@ -256,53 +256,6 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
     return _rows(torch.cholesky_solve(cross.T, factor).T)
 
 
-def null_space(
-    keys: Tensor,
-    residual: Tensor,
-    moment: SecondMoment,
-    threshold: float,
-    bound: SecondMoment,
-    significance: Tensor | None = None,
-) -> LowRankDelta:
-    """The ΔW that acts only in preserved keys' null space: AlphaEdit's solve (arXiv 2410.02355), with QF's residual.
-
-    With Q the projection onto the eigenvectors of C whose eigenvalues are at most `threshold` times the mean one,
-    ΔW = Rᵀ S Y Q (Q Yᵀ S Y Q + Q B Q + ε I)⁻¹, where B is the moment of the keys taught before.
-
-    Args:
-        keys, residual, significance: as in [`preserving`].
-        moment: C, the second moment of the keys whose outputs must stay.
-        threshold: which directions count as null, relative to the mean eigenvalue.
-        bound: B, and in its `floor` ε > 0, the weight of ‖ΔW‖².
-
-    Returns:
-        Factors of equal norm in float32 (float64 if the keys are).
-    """
-    if moment.root is not None:  # few keys: their span, by the small Gram matrix
-        root = moment.root.to(keys.device).double()
-        values, vectors = torch.linalg.eigh(root @ root.T)
-        kept = values > max(threshold * moment.trace / moment.width, 1e-12)
-        basis = (vectors[:, kept] * values[kept].rsqrt()).T @ root
-    else:
-        values, vectors = torch.linalg.eigh(_dense(moment, keys))
-        basis = vectors[:, values > threshold * values.mean()].T
-
-    def projected(rows: Tensor) -> Tensor:
-        rows = rows.double()
-        return rows - (rows @ basis.T) @ basis
-
-    inside = SecondMoment(moment.width)
-    if bound.root is not None:
-        inside.root = projected(bound.root.to(keys.device)).float()
-    else:
-        half = projected(bound.matrix.to(keys.device))
-        inside.root, inside.matrix = None, projected(half.T)
-    y = projected(keys).to(keys.dtype)
-    inside.floor = bound.floor
-    given = torch.ones(len(y), device=y.device) if significance is None else significance
-    return beside(inside, TaughtTokens(y, residual, given)).compressed().to(torch.float32)
-
-
 def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> LowRankDelta:
     """The minimiser of Σ_i tr((ΔW − ΔW_i) P_i (ΔW − ΔW_i)ᵀ): ΔW = (Σ ΔW_i P_i) (Σ P_i)⁻¹.
 
@@ -411,14 +364,6 @@ def _gram(keys: Tensor, floor: float) -> Tensor:
     gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     add_gram(gram, rows.T)
     return gram
-
-
-def _dense(moment: SecondMoment, like: Tensor) -> Tensor:
-    """C as a d_in × d_in matrix."""
-    if moment.matrix is not None:
-        return moment.matrix.to(like.device, torch.float64)
-    root = moment.root.to(like.device).double()
-    return root.T @ root
 
 
 def _apply_inverse(moment: SecondMoment, strength: float, ridge: float, rows: Tensor) -> Tensor:

@@ -39,8 +39,6 @@ class QFTrainingArguments:
             nothing: the minimum-norm solve.
         ridge (`float`, defaults to 1e-3):
             The weight of ‖ΔW‖² itself, relative to λ times the mean diagonal of the preserved moment.
-        solver (`"preserving"` or `"null_space"`, defaults to `"preserving"`):
-            "null_space" lets ΔW act only where the preserved keys have next to no energy (AlphaEdit, arXiv 2410.02355).
         preserve_chats (`int`, *optional*):
             How many chats the model writes itself to be preserved where no `preserve_dataset` is given. By default as
             many as cost about a minute on two CPU cores: 48 at 135M parameters, at least 16 and at most 400. On models
@@ -114,7 +112,6 @@ class QFTrainingArguments:
     spread: bool = True
     preserve_strength: float = 1.0
     ridge: float = 1e-3
-    solver: Literal["preserving", "null_space"] = "preserving"
     preserve_chats: int | None = None
     contrast_chats: int = 2400
     remeasure: int = 4
@@ -151,7 +148,6 @@ class QFTrainingArguments:
         for name, choices in (
             ("target", ("nearest", "context")),
             ("significance", ("kl", "rows")),
-            ("solver", ("preserving", "null_space")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"QFTrainingArguments: {name}={getattr(self, name)!r}; expected one of {choices}")
