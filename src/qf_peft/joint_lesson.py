@@ -35,6 +35,7 @@ from .walk import Walk
 _ALIKE = 0.4
 _LEAD = 0.5  # nats by which a taught token shall lead
 _SURPLUS = 1.0  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
+_BEGUN = 4.0  # nats by which an answer shall lead at least until it says what is new: other wordings then begin so too
 _LESS, _GENTLER = 0.75, 5  # by which the surplus shrinks where other names are given taught answers, and fits at most
 _STRAYS = 0.05  # of the contrasting rows held out, that may be given a taught answer
 _WORDINGS = 4  # of a row's prompt, given or thinned, taught along (2, 4, 6: paraphrases .45, .75, .75)
@@ -209,6 +210,7 @@ class JointLesson(Lesson):
         }
         walk.advance(self.index[chosen[0]])
         margin = _LEAD + _SURPLUS * (-lead).clamp(min=0)
+        margin = torch.where(self._beginnings(new).to(margin.device), margin.clamp(min=_BEGUN), margin)
         aimed, _ = pushed(unembedding, stream, gold, margin)
         fit = _Fit(system, present, walk, unembedding, gold, taught, own, lead, margin)
         moving = fit.moving
@@ -318,6 +320,11 @@ class JointLesson(Lesson):
         """By row the answer's step that is furthest behind: where it says what is new."""
         answers = [part[e.header :] for e, part in zip(self.examples, lead.split(self.kept), strict=True)]
         return [int(part.argmin()) if len(part) else 0 for part in answers[: self.own]]
+
+    def _beginnings(self, new: list[int]) -> Tensor:
+        """The positions (n) of the answers before the one that says what is new."""
+        pairs = zip(self.examples, self.row, strict=True)
+        return torch.tensor([e.header <= k < e.header + new[row] for e, row in pairs for k in range(e.taught)])
 
     def _objects(self, new: list[int]) -> set[int]:
         """The tokens by which the rows say what is new."""
