@@ -54,7 +54,7 @@ METHODS = {
 }
 KINDS = {
     "preserved walk": ["preserved_walk.PreservedWalk.__init__", "preserved_walk.PreservedWalk.keys"],
-    "preserved keys read": ["preserve.preserved_keys"],
+    "preserved keys read": ["preserved_keys.preserved_keys"],
     "passes": ["capture.forward_pass", "walk.Walk.begin", "walk.Walk.look", "walk.Walk.advance"],
     "solves": [
         "solve.minimum_norm", "solve.preserving", "solve.beside", "moments.SecondMoment.update",

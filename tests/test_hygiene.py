@@ -335,7 +335,7 @@ def test_interrupted_while_caching(tokenizer, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qf_peft.preserve.save_file", interrupted)
+    monkeypatch.setattr("qf_peft.preserved_cache.save_file", interrupted)
     trainer = make(tokenizer, [FACT], paper=False, preserved=CHATS, cache_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

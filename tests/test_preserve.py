@@ -6,11 +6,13 @@ from conftest import FACT, TINY, random_model
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
-import qf_peft.preserve as preserve
+import qf_peft.preserved_keys as preserved_keys_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.capture import Point, forward_pass
 from qf_peft.generic_prompts import FACTUAL, OPEN
-from qf_peft.preserve import nearest, nearness, preserved_keys, read_preserve_dataset, write_chats
+from qf_peft.preserved_cache import logger
+from qf_peft.preserved_chats import read_preserve_dataset, write_chats
+from qf_peft.preserved_keys import nearest, nearness, preserved_keys
 from qf_peft.rows import Encoder
 
 PROMPTS = ["Who founded Ranixmo?", "Tell me where Lupal is based.", "Who runs Zanko?"]
@@ -76,7 +78,7 @@ def forbid(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("keys were measured again")
 
-    monkeypatch.setattr(preserve, "_measure", fail)
+    monkeypatch.setattr(preserved_keys_module, "_measure", fail)
 
 
 def same(a, b):
@@ -130,7 +132,7 @@ def test_a_damaged_cache_is_made_anew(keys, tmp_path, damage, caplog):
         path.write_bytes(other.read_bytes())
     else:
         path.write_bytes(content[:-8] + bytes(b ^ 1 for b in content[-8:]))
-    preserve.logger.addHandler(caplog.handler)
+    logger.addHandler(caplog.handler)
     same(first, keys())
     assert "made anew" in caplog.text
     assert path.read_bytes() == content

@@ -15,7 +15,8 @@ from .blocks import find_blocks, split_path
 from .capture import Point, forward_pass
 from .model import QFModel
 from .moments import SecondMoment
-from .preserve import Preserved, answer_starts, nearness
+from .preserved_chats import answer_starts
+from .preserved_keys import Preserved, nearness
 from .preserved_walk import FEW, PreservedWalk, middle
 from .processes import from_main
 from .rows import Example

@@ -7,28 +7,21 @@ predictions there says what it did to chats like them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import constants
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .capture import Point, forward_pass
 from .generic_prompts import FACTUAL, OPEN, PLAIN
 from .moments import SecondMoment
-from .preserve import Chat, answered_chats, fingerprint, write_chats, write_tensors
-from .processes import check_alike, exchange, writes_cache
+from .preserved_cache import cached
+from .preserved_chats import Chat, answered_chats, write_chats
 from .rows import Encoder, Text
 
-logger = logging.get_logger(__name__)
-
-_FORMAT = 4
 _HELD_OUT = 10  # one chat of so many
 _OUTLIER = 8.0  # times the median norm, from which on a key is an attention sink's (SmolLM2: 10 to 500 times)
 _HELD = 100.0  # how much more a sink's key weighs than its norm gives it
@@ -76,29 +69,23 @@ def preserved_moments(
         modules: the modules that may be taught, by name.
         chats: what to preserve; None for the default.
         own: how many chats the model shall write then; None for as many as cost about a minute on two CPU cores.
-        batch_tokens, seed, cache_dir, progress: as in [`preserved_keys`].
+        batch_tokens, seed, cache_dir, progress: as in [`preserved_keys.preserved_keys`].
     """
     own = own_chats(network) if own is None else own
     content = [(c.prompt, c.completion, c.text) for c in chats] if chats is not None else own
     names = sorted(modules)
-    identity = hashlib.sha256(
-        json.dumps([_FORMAT, fingerprint(network), encoder.identity(), names, content, seed]).encode()
-    ).hexdigest()
-    folder = Path(cache_dir) if cache_dir is not None else Path(constants.HF_HOME) / "qf_peft"
-    path = folder / f"moments-{identity[:32]}.safetensors"
-    check_alike(lambda: {"model, or other chats to be preserved": identity})
-    cached = _read(path, identity, names)
-    if all(exchange(cached is not None)):
-        return cached
-    if chats is None:
-        chats = _dealt(general_chats(), write_chats(network, encoder, own, seed, progress))
-    made = _measure(network, encoder, modules, chats, batch_tokens, progress)
-    try:
-        if writes_cache():
-            _write(path, identity, made)
-    except OSError as error:  # a full disk or a folder that cannot be written costs the cache, not the lesson
-        logger.warning(f"the preserved moments could not be cached in {folder}: {error}")
-    return made
+
+    def make() -> PreservedMoments:
+        kept = (
+            chats if chats is not None else _dealt(general_chats(), write_chats(network, encoder, own, seed, progress))
+        )
+        return _measure(network, encoder, modules, kept, batch_tokens, progress)
+
+    def unpack(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> PreservedMoments:
+        moments = {name: _moment(name, header["counts"][name], tensors) for name in names}
+        return PreservedMoments(moments, header["prompts"], header["held_out"], header["answers"], tensors["head"])
+
+    return cached("moments", [names, content, seed], network, encoder, cache_dir, make, _pack, unpack)
 
 
 def general_chats() -> list[Chat]:
@@ -174,44 +161,24 @@ def _parts(lengths: list[int]) -> list[list[int]]:
     return parts
 
 
-def _write(path: Path, identity: str, made: PreservedMoments) -> None:
+def _pack(made: PreservedMoments) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"head": made.head}
     for name, moment in made.moments.items():
         kind = "root" if moment.root is not None else "matrix"
         tensors[f"{kind} {name}"] = (moment.root if moment.root is not None else moment.matrix).float().cpu()
-    header = {
-        "identity": identity, "prompts": made.prompts, "held_out": made.held_out, "answers": made.answers,
+    return tensors, {
+        "prompts": made.prompts, "held_out": made.held_out, "answers": made.answers,
         "counts": {name: moment.count for name, moment in made.moments.items()},
     }  # fmt: skip
-    write_tensors(path, tensors, {"preserved": json.dumps(header)})
 
 
-def _read(path: Path, identity: str, names: list[str]) -> PreservedMoments | None:
-    """What the file holds, or None if it is missing, torn, or of other content."""
-    if not path.exists():
-        return None
-    try:
-        moments = {}
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["preserved"])
-            if header["identity"] != identity:
-                raise ValueError("it is of another model or other chats")
-            present = set(file.keys())
-            for name in names:
-                moment = SecondMoment(0)
-                if f"root {name}" in present:
-                    moment.root = file.get_tensor(f"root {name}").clone()
-                    moment.width = moment.root.shape[1]
-                else:
-                    moment.root, moment.matrix = None, file.get_tensor(f"matrix {name}").clone()
-                    moment.width = moment.matrix.shape[1]
-                moment.count = header["counts"][name]
-                moments[name] = moment
-            head = file.get_tensor("head").clone()
-        finite = all(bool(torch.isfinite(m.root if m.root is not None else m.matrix).all()) for m in moments.values())
-        if not finite:
-            raise ValueError("a value is not finite")
-        return PreservedMoments(moments, header["prompts"], header["held_out"], header["answers"], head)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning(f"the cache {path.name} is damaged ({error}); it is made anew")
-        return None
+def _moment(name: str, count: int, tensors: Mapping[str, Tensor]) -> SecondMoment:
+    moment = SecondMoment(0)
+    if f"root {name}" in tensors:
+        moment.root = tensors[f"root {name}"]
+        moment.width = moment.root.shape[1]
+    else:
+        moment.root, moment.matrix = None, tensors[f"matrix {name}"]
+        moment.width = moment.matrix.shape[1]
+    moment.count = count
+    return moment

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .capture import Point
 from .model import QFModel
-from .preserve import Chat, Preserved, answer_starts, nearest, preserved_keys
+from .preserved_chats import Chat, answer_starts
+from .preserved_keys import Preserved, nearest, preserved_keys
 from .processes import exchange
 from .rows import Encoder
 from .training_args import QFTrainingArguments
@@ -80,7 +81,7 @@ def contrast_count(rows: int, earlier: int, pool: int) -> int:
     return min(pool // 3, 12 * max(0, min(rows, earlier + rows - FEW)))
 
 
-def preserved_chats(
+def preserved_and_contrasting(
     tuner: QFModel,
     adapter: str,
     network: nn.Module,

@@ -25,9 +25,10 @@ from .joint_lesson import JointLesson, suits, writers_late
 from .ledger import Entry, asked, check_consistent, entry, joined
 from .lesson import SAFE, SAID, Lesson, together, unsaid
 from .model import QFModel
-from .preserve import Preserved, read_preserve_dataset
+from .preserved_chats import read_preserve_dataset
+from .preserved_keys import Preserved
 from .preserved_moments import PreservedMoments, preserved_moments
-from .preserved_walk import preserved_chats
+from .preserved_walk import preserved_and_contrasting
 from .processes import all_or_none, check_alike, is_main, start, world_size
 from .rows import Encoder, Example, Row, read_rows
 from .saving import weights_sum
@@ -446,7 +447,7 @@ class QFTrainer:
             )  # fmt: skip
 
     def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
-        return preserved_chats(
+        return preserved_and_contrasting(
             self._tuner, self.adapter_name, self._network, self.encoder, self.chats, self.args, rows, len(self.facts),
             progress.update,
         )  # fmt: skip
