@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qf_peft.lesson import Lesson
+from qf_peft.module_lesson import ModuleLesson
 from qf_peft.moments import SecondMoment
 from qf_peft.solve import LowRankDelta, TaughtTokens, beside
 
@@ -56,8 +56,8 @@ def alphaedit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> Lo
 @contextmanager
 def solving_by(solve: Callable[..., LowRankDelta]) -> Iterator[None]:
     """Lessons that preserve chats solve each module by `solve`."""
-    ours, Lesson.solve = Lesson.__dict__["solve"], staticmethod(solve)
+    ours, ModuleLesson.solve = ModuleLesson.__dict__["solve"], staticmethod(solve)
     try:
         yield
     finally:
-        Lesson.solve = ours
+        ModuleLesson.solve = ours

@@ -200,7 +200,7 @@ def test_every_change_is_a_version(tokenizer):
 def test_a_failure_leaves_everything_as_it_was(tokenizer, monkeypatch):
     model = teach(fresh(), tokenizer, FACT).model
     made, before = trainer(model, tokenizer), factors(model)
-    monkeypatch.setattr("qf_peft.lesson.beside", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("qf_peft.module_lesson.ModuleLesson.solve", lambda *a, **k: 1 / 0)
     for act in (lambda: teach(model, tokenizer, OTHER), made.consolidate):
         with pytest.raises(ZeroDivisionError):
             act()

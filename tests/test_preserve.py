@@ -165,7 +165,7 @@ def test_generic_prompts_where_the_model_cannot_write(tokenizer):
 
 def test_few_keys_make_no_square_matrix(tiny, tokenizer, tmp_path, monkeypatch):
     """With fewer tokens than d_in the solve stays in their span: nothing of d_in × d_in is made."""
-    import qf_peft.lesson as lesson
+    import qf_peft.module_lesson as lesson
 
     moments = []
 

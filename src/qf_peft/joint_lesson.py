@@ -8,19 +8,21 @@ chats, on which the ridge is raised until they diverge no more than allowed → 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from . import constants as tuned
 from .blocks import split_path
 from .capture import Point, forward_pass
 from .contrast import contrast_rows
 from .joint import JointSystem
-from .lesson import Lesson, _mains
+from .lesson import Learner, Lesson
 from .moments import SecondMoment
 from .preserved_moments import PreservedMoments
-from .rows import Encoder, Row
+from .rows import Row
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
 from .stream import Writer, grows_with_depth
@@ -28,33 +30,6 @@ from .target import Unembedding, divergence, leads, pushed, read_off
 from .thinned import asked_as, thinned
 from .training_args import QFTrainingArguments
 from .walk import Walk
-
-# Origins: SmolLM2-135M-Instruct, ten and fifty facts of relations and seeds that are not among those reported.
-# Of the last stream's norm: blocks whose stream is smaller are not taught (there block 23 of 0 to 29 is the first).
-# What earlier ones write is bent on its way: from 23, 18 or 15 on paraphrases are .75, .72, .40 at KL .04, .06, .09.
-_ALIKE = 0.4
-_LEAD = 0.5  # nats by which a taught token shall lead
-_SURPLUS = 1.0  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
-_BEGUN = 4.0  # nats by which an answer shall lead at least until it says what is new: other wordings then begin so too
-_LESS, _GENTLER = 0.75, 5  # by which the surplus shrinks where other names are given taught answers, and fits at most
-_STRAYS = 0.05  # of the contrasting rows held out, that may be given a taught answer
-_WORDINGS = 4  # of a row's prompt, given or thinned, taught along (2, 4, 6: paraphrases .45, .75, .75)
-_PASSES = 8  # solves of one lesson at most, each after a look at what the one before has done
-_AGAIN = 5  # of them at most for each further ridge, where what is said no longer is fitted again
-_EVERYWHERE = 3  # of the first go on to the whole margin, the others until every token leads
-_COMPACT = 2048  # width of keys up to which their moment is kept whole: its eigenvectors take longer than the lesson
-_DROPPED = 0.02  # of a change's norm, with its smallest singular values
-_NEAR = 1.5  # weight of contrasting rows' moment beside that of the preserved chats'
-_BESIDE = 0.4  # the same of these rows' other positions
-_CONTRASTS = 20  # contrasting rows a taught row, shared among its wordings; of many rows of each kind fewer do
-_ASIDE = 4  # one contrasting row of so many is held out of the solve
-_MANY = 10  # rows, beyond which the contrasting rows grow as their square root only
-_RIDGE = 0.2  # over the kernel's mean diagonal
-_FLOOR = 1e-2  # of the moment's mean diagonal
-_RAISED = (2.0, 8.0)  # by which the ridge grows where the budget is exceeded, by how far, at least and at most
-_TRIES = 8  # ridges; in the later half what is wanted shrinks too, so that some budget is met
-_LEAST_PASSED = 0.3  # of a write; less is taken as this much when what is missing is written once more
-_ROWS = 128  # contrasting rows whose keys are held at once
 
 
 @torch.no_grad()
@@ -140,32 +115,33 @@ class JointLesson(Lesson):
     """Teaches facts towards the nearest state that says them; see the module.
 
     Args:
-        rows: the rows behind `examples`.
-        encoder: the tokenizer's.
+        learner, args, progress: as [`Lesson`]'s.
+        rows: what is taught.
         moments: what must stay.
-        others: as [`Lesson`]'s.
     """
 
-    def __init__(self, *args, rows: list[Row], encoder: Encoder, moments: PreservedMoments, **kwargs) -> None:
-        tuner, adapter, network, examples, *rest = args
-        settings: QFTrainingArguments = rest[5]
+    def __init__(
+        self,
+        learner: Learner,
+        rows: list[Row],
+        moments: PreservedMoments,
+        args: QFTrainingArguments,
+        progress: Callable[[float], None],
+    ) -> None:
         given = [[asked_as(row, wording) for wording in row.wordings] for row in rows]
         made = [
-            thinned(row, max(_WORDINGS - len(other), 0), settings.seed) for row, other in zip(rows, given, strict=True)
+            thinned(row, max(tuned.WORDINGS - len(other), 0), args.seed) for row, other in zip(rows, given, strict=True)
         ]
         counts = [len(a) + len(b) for a, b in zip(given, made, strict=True)]
-        asked = [*rows, *(row for part in given for row in part), *(row for part in made for row in part)]
-        further = [encoder.encode(row) for row in asked[len(rows) :]]
-        super().__init__(tuner, adapter, network, [*examples, *further], *rest, **kwargs)
-        self.rows, self.encoder, self.moments, self.own = asked, encoder, moments, len(rows)
+        self.rows = [*rows, *(row for part in given for row in part), *(row for part in made for row in part)]
+        self.moments, self.own, part = moments, len(rows), len(rows) / len(self.rows)
+        examples = [learner.encoder.encode(row) for row in self.rows]
+        super().__init__(learner, examples, args, lambda n: progress(n * part))
         # By example: the row that it asks, and how many contrasting rows there shall be of it.
         of = [k for parts in (given, made) for k, part in enumerate(parts) for _ in part]
         self.row = [*range(len(rows)), *of]
-        each = _CONTRASTS * min(1.0, math.sqrt(_MANY / len(rows)))
+        each = tuned.CONTRASTS * min(1.0, math.sqrt(tuned.CONTRASTS_MANY / len(rows)))
         self.contrasts = [math.ceil(each / (1 + counts[k])) for k in self.row]
-        count, progress = len(rows) / len(asked), self.options["progress"]
-        self.options["progress"] = lambda n: progress(n * count)
-        self.unseen = {**self.options, "progress": lambda n: None}  # of passes that are no row's
 
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
         """Teach. Returns metrics, the examples whose completion the model does not read in context, and those that it
@@ -199,7 +175,7 @@ class JointLesson(Lesson):
         significance = self.weights.to(stream.device)[taught]
 
         rows = self._contrasting(new)
-        near, aside = self._near(chosen, rows), rows[_ASIDE - 1 :: _ASIDE]
+        near, aside = self._near(chosen, rows), rows[tuned.CONTRASTS_ASIDE - 1 :: tuned.CONTRASTS_ASIDE]
         halted = Walk(self.network, self.blocks, self.index[chosen[0]], aside, [1] * len(aside), **self.unseen)
         strays = _Strays(halted, ends["stream"], depth, unembedding, self._objects(new))
         bounds = {name: self._bound(name, known, near.get(name), stream.device) for name in chosen}
@@ -209,8 +185,8 @@ class JointLesson(Lesson):
             for name in chosen
         }
         walk.advance(self.index[chosen[0]])
-        margin = _LEAD + _SURPLUS * (-lead).clamp(min=0)
-        margin = torch.where(self._beginnings(new).to(margin.device), margin.clamp(min=_BEGUN), margin)
+        margin = tuned.LEAD + tuned.SURPLUS * (-lead).clamp(min=0)
+        margin = torch.where(self._beginnings(new).to(margin.device), margin.clamp(min=tuned.BEGUN_LEAD), margin)
         aimed, _ = pushed(unembedding, stream, gold, margin)
         fit = _Fit(system, present, walk, unembedding, gold, taught, own, lead, margin)
         moving = fit.moving
@@ -218,15 +194,14 @@ class JointLesson(Lesson):
         wanted, ridge, kl = self._within_budget(fit, wanted)
         for name in chosen:
             bounds[name].update(found[name][taught], significance / system.ridge(ridge))
-            known.bound[name] = bounds[name].compact(max(self.args.memory_rank, _COMPACT))
+            known.bound[name] = bounds[name].compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT))
             known.tokens.pop(name, None)
             known.offset.pop(name, None)
-        known.delta.update(self._install(system, wanted[taught], ridge, present, last=True))
+        known.delta.update(self._write(system, wanted[taught], ridge, present, last=True))
         after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
         reading = read_off(unembedding, context["stream"], after[own], gold[own])
         self.options["progress"](len(self.examples))
-        installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
-        self.tuner.taught[self.adapter] = replace(known, installed=installed, settings=self.settings)
+        self._finish(known)
         moved = ((reading.lead.to(lead) - lead[own]) / (fit.margin - lead)[own].clamp(min=1e-6))[moving[own]]
         blocks = sorted({self.index[name] for name in chosen})
         metrics = {
@@ -252,51 +227,51 @@ class JointLesson(Lesson):
     def _without_strays(self, fit: _Fit, strays: _Strays, wanted: Tensor) -> tuple[Tensor, float]:
         """Fit, and lower the surplus until few contrasting rows that are held out are given taught answers: the change
         of the stream (n, d) that is solved for, and the share of those rows that still are."""
-        wanted = self._fitted(fit, wanted, _RIDGE, again=False)
-        for attempt in range(_GENTLER):
+        wanted = self._fitted(fit, wanted, tuned.RIDGE, again=False)
+        for attempt in range(tuned.SURPLUS_TRIES):
             share = strays.share()
-            if share <= _STRAYS or attempt == _GENTLER - 1:
+            if share <= tuned.STRAYS or attempt == tuned.SURPLUS_TRIES - 1:
                 break
-            margin = _LEAD + (fit.margin - _LEAD) * _LESS
+            margin = tuned.LEAD + (fit.margin - tuned.LEAD) * tuned.SURPLUS_SHRINKS
             part = (margin - fit.lead) / (fit.margin - fit.lead).clamp(min=1e-3)
             wanted, fit.margin = wanted * part.clamp(0, 1)[:, None], margin
-            wanted = self._fitted(fit, wanted, _RIDGE, again=True)
+            wanted = self._fitted(fit, wanted, tuned.RIDGE, again=True)
         return wanted, share
 
     def _within_budget(self, fit: _Fit, wanted: Tensor) -> tuple[Tensor, float, Tensor]:
         """Raise the ridge until the held-out chats diverge no more than allowed: the change of the stream (n, d) that
         is solved for at last, the ridge, and the divergence (positions) of what is installed then."""
-        ridge = _RIDGE
-        for attempt in range(_TRIES):
+        ridge = tuned.RIDGE
+        for attempt in range(tuned.RIDGE_TRIES):
             kl = self._preserved_divergence()
             if kl.mean() <= self.args.max_divergence:
                 return wanted, ridge, kl
             # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
-            raised = min(max(float(kl.mean()) / self.args.max_divergence, _RAISED[0]), _RAISED[1])
+            raised = min(max(float(kl.mean()) / self.args.max_divergence, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
             ridge *= raised
-            wanted = wanted if attempt < _TRIES // 2 else wanted / raised
+            wanted = wanted if attempt < tuned.RIDGE_TRIES // 2 else wanted / raised
             wanted = self._fitted(fit, wanted, ridge, again=True)
         return wanted, ridge, self._preserved_divergence()
 
     def _fitted(self, fit: _Fit, wanted: Tensor, ridge: float, again: bool) -> Tensor:
         """Solve for a change of the stream, look at what it does in the model, and correct it by what is missing:
         the change that is installed at last."""
-        passes = _AGAIN if again else _PASSES
+        passes = tuned.PASSES_AGAIN if again else tuned.PASSES
         for step in range(passes):
-            self._install(fit.system, wanted[fit.taught], ridge, fit.present)
+            self._write(fit.system, wanted[fit.taught], ridge, fit.present)
             if step == passes - 1:
                 break
             after = fit.walk.look(len(self.blocks) - 1, {"stream": Point(self.blocks[-1], "output")})["stream"]
             aimed, now = pushed(fit.unembedding, after, fit.gold, fit.margin)
-            late = again or step >= _EVERYWHERE  # from here on only for what is not said yet
-            if late and bool((now > _LEAD / 2)[fit.own][fit.taught[fit.own]].all()):
+            late = again or step >= tuned.PASSES_EVERYWHERE  # from here on only for what is not said yet
+            if late and bool((now > tuned.LEAD / 2)[fit.own][fit.taught[fit.own]].all()):
                 break
             if not again and step == 0 and bool(fit.moving.any()):
                 part = ((now - fit.lead) / (fit.margin - fit.lead))[fit.moving].median()
-                fit.passed = float(part.clamp(_LEAST_PASSED, 1.0))
+                fit.passed = float(part.clamp(tuned.LEAST_PASSED, 1.0))
             more = (aimed - after) / fit.passed
             if late:
-                more = more * (now < _LEAD).to(more)[:, None]
+                more = more * (now < tuned.LEAD).to(more)[:, None]
             wanted = wanted + more
         return wanted
 
@@ -312,7 +287,7 @@ class JointLesson(Lesson):
         last = torch.linalg.vector_norm(found["stream"], dim=1).median()
         for index in sorted({self.index[name] for name in candidates}):
             norm = torch.linalg.vector_norm(found[f"block {index}"], dim=1).median()
-            if float(norm) >= _ALIKE * float(last):
+            if float(norm) >= tuned.LARGE_STREAM * float(last):
                 break
         return [name for name in candidates if self.index[name] >= index]
 
@@ -335,23 +310,25 @@ class JointLesson(Lesson):
         """Contrasting rows, their answers begun up to what is new."""
         begun = []
         for k, row, example in zip(self.row, self.rows, self.examples, strict=True):
-            tail = self.encoder.tokenizer.decode(example.targets[example.header + new[k] :], skip_special_tokens=True)
+            tail = self.learner.encoder.tokenizer.decode(
+                example.targets[example.header + new[k] :], skip_special_tokens=True
+            )
             begun.append(row.completion[: len(row.completion) - len(tail.strip())] if tail.strip() else row.completion)
-        return contrast_rows(self.rows, begun, self.encoder, self.contrasts, self.args.seed)
+        return contrast_rows(self.rows, begun, self.learner.encoder, self.contrasts, self.args.seed)
 
     def _near(self, chosen: list[str], rows: list[list[int]]) -> dict[str, SecondMoment]:
         """By module the moment of the contrasting rows' keys, but for those held out."""
-        rows = [ids for i, ids in enumerate(rows) if i % _ASIDE != _ASIDE - 1]
+        rows = [ids for i, ids in enumerate(rows) if i % tuned.CONTRASTS_ASIDE != tuned.CONTRASTS_ASIDE - 1]
         points = {name: Point(self.layers[name], "input") for name in chosen}
         moments = {}
         beside = sum(len(ids) - 2 for ids in rows)
-        for first in range(0, len(rows), _ROWS):
-            part = rows[first : first + _ROWS]
+        for first in range(0, len(rows), tuned.CONTRAST_BATCH):
+            part = rows[first : first + tuned.CONTRAST_BATCH]
             lengths = [len(ids) - 1 for ids in part]
             found = forward_pass(self.network, part, lengths, points, **self.unseen)
             # What is new is said at the last position; before it the answer may well begin as a taught one does.
-            weights = torch.full((sum(lengths),), _BESIDE / max(beside, 1))
-            weights[torch.tensor(lengths).cumsum(0) - 1] = _NEAR / len(rows)
+            weights = torch.full((sum(lengths),), tuned.CONTRAST_WEIGHT_ALONG / max(beside, 1))
+            weights[torch.tensor(lengths).cumsum(0) - 1] = tuned.CONTRAST_WEIGHT / len(rows)
             for name, keys in found.items():
                 moments.setdefault(name, SecondMoment(keys.shape[1])).update(keys, weights)
         return moments
@@ -362,7 +339,7 @@ class JointLesson(Lesson):
             bound = known.bound[name].copy()
         else:
             bound = self.moments.moments[name].copy()
-            bound.floor = _FLOOR * bound.trace / bound.width
+            bound.floor = tuned.MOMENT_FLOOR * bound.trace / bound.width
         strength = self.args.preserve_strength
         if name not in known.bound and strength != 1.0:
             bound.scale(strength)
@@ -370,23 +347,20 @@ class JointLesson(Lesson):
             bound.add(near.scale(strength))
         return bound.to(device)
 
-    def _install(
+    def _write(
         self, system: JointSystem, wanted: Tensor, ridge: float, present: dict[str, LowRankDelta], last: bool = False
     ) -> dict[str, LowRankDelta]:
         """Put the present changes and the new ones into the adapter: as they are, or at the `last` compressed."""
-        config, made = self.tuner.peft_config[self.adapter], {}
+        config, whole = self.tuner.peft_config[self.adapter], {}
         for name, change in system.changes(wanted, ridge).items():
             multiplier = self.writers[name].multiplier
             change = LowRankDelta(change.A, change.B / multiplier)
-            full = present[name] + change
+            whole[name] = present[name] + change
             if last:
-                dropped = min(_DROPPED, self.args.rank_tolerance) * change.norm if config.grows else 0.0
-                full = full.compressed(rank=None if config.grows else config.r, tolerance=dropped)
-            made[name] = _mains(full)
-        self.tuner.install(self.adapter, made, even=False)
-        if last:
-            self.tuner.install(self.adapter, {})
-        return made
+                dropped = min(tuned.RANK_DROPPED, self.args.rank_tolerance) * change.norm if config.grows else 0.0
+                rank = None if config.grows else config.r
+                whole[name] = whole[name].compressed(rank=rank, tolerance=dropped)
+        return self._install(whole)
 
     def _preserved_divergence(self) -> Tensor:
         """KL from the base model's predictions to the present ones at the held-out chats' answers: (n)."""
@@ -403,7 +377,7 @@ class JointLesson(Lesson):
 def passes_of(behind: float) -> tuple[float, float]:
     """How many passes of a lesson's rows, wordings included, it takes as a rule and at most, where so much of the
     model's depth (0 to 1) lies behind the first block that may be taught."""
-    return 2 + behind * _PASSES / 2, 2 + behind * (1 + _PASSES + (_TRIES - 1) * _AGAIN)
+    return 2 + behind * tuned.PASSES / 2, 2 + behind * (1 + tuned.PASSES + (tuned.RIDGE_TRIES - 1) * tuned.PASSES_AGAIN)
 
 
 def writers_late(names: list[str], writers: dict[str, Writer], depth: int) -> list[str]:

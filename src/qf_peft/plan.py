@@ -6,10 +6,10 @@ from typing import Any
 
 from .blocks import find_blocks, split_path
 from .checks import check_teachable
+from .constants import OWN_CHATS
 from .joint_lesson import passes_of, writers_late
 from .ledger import asked, check_consistent
 from .preserved_moments import general_chats, own_chats
-from .preserved_walk import OWN_CHATS
 from .trainer import QFTrainer
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .constants import ANSWER_TOKENS
 from .generation import generate
 from .generic_prompts import FACTUAL, OPEN
 from .rows import Encoder, Row, Text, read_messages
 
-_ANSWER_TOKENS = 64  # as much of an answer as is kept
 _WRITING_TOKENS = 4096  # at once; what is sampled depends on it
 
 
@@ -81,7 +81,7 @@ def write_chats(
             network,
             encoder.tokenizer,
             [opening] * wanted,
-            max_new_tokens=_ANSWER_TOKENS,
+            max_new_tokens=ANSWER_TOKENS,
             batch_tokens=_WRITING_TOKENS,
             sample_seed=seed,
             progress=progress,
@@ -111,7 +111,7 @@ def answered_chats(
         network,
         encoder.tokenizer,
         [encoder.prompt_ids(row, instructed=False) for row in silent],
-        max_new_tokens=_ANSWER_TOKENS,
+        max_new_tokens=ANSWER_TOKENS,
         batch_tokens=batch_tokens,
         progress=progress,
     )

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Point, forward_pass
+from .constants import MOST_KEYS
 from .preserved_cache import cached
 from .preserved_chats import Chat, answer_starts, answered_chats, write_chats
 from .rows import Encoder, Text
-
-_MOST_KEYS = 8192  # of one module; more are thinned out evenly
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _measure(
     progress: Callable[[int], None],
 ) -> Preserved:
     sequences, kept, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
-    thinned = max(1, -(-sum(kept) // _MOST_KEYS))
+    thinned = max(1, -(-sum(kept) // MOST_KEYS))
     if thinned > 1 and not starts_only:
         sequences, kept, prompts = sequences[::thinned], kept[::thinned], prompts[::thinned]
     points = {name: Point(module, "input") for name, module in modules.items()}

@@ -16,19 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Point, forward_pass
+from .constants import FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SINK, SINK_WEIGHT, WRITTEN
 from .generic_prompts import FACTUAL, OPEN, PLAIN
 from .moments import SecondMoment
 from .preserved_cache import cached
 from .preserved_chats import Chat, answered_chats, write_chats
 from .rows import Encoder, Text
 
-_HELD_OUT = 10  # one chat of so many
-_OUTLIER = 8.0  # times the median norm, from which on a key is an attention sink's (SmolLM2: 10 to 500 times)
-_HELD = 100.0  # how much more a sink's key weighs than its norm gives it
 _PASS_KEYS = 4096  # tokens whose keys are held at once
-# What the model writes itself is bounded by its cost: two passes of some 80 tokens a chat, and their generation.
-_WRITTEN = 6.5e9  # parameters times chats: 48 chats at 135M, a minute's work on two CPU cores
-_FEWEST, _MOST = 16, 400
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ def general_chats() -> list[Chat]:
 def own_chats(network: nn.Module) -> int:
     """How many chats a model writes itself by default: as many as cost about a minute on two CPU cores."""
     size = sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n)
-    return int(min(_MOST, max(_FEWEST, _WRITTEN / size)))
+    return int(min(MOST_WRITTEN, max(FEWEST_WRITTEN, WRITTEN / size)))
 
 
 def _dealt(first: list[Chat], second: list[Chat]) -> list[Chat]:
@@ -116,9 +111,7 @@ def _measure(
     progress: Callable[[int], None],
 ) -> PreservedMoments:
     sequences, answers, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
-    held = set(range(_HELD_OUT - 1, len(sequences), _HELD_OUT)) or (
-        {len(sequences) - 1} if len(sequences) > 1 else set()
-    )
+    held = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or ({len(sequences) - 1} if len(sequences) > 1 else set())
     solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in held]
     options = {"batch_tokens": batch_tokens, "pad_id": encoder.tokenizer.pad_token_id}
     points = {name: Point(module, "input") for name, module in modules.items()}
@@ -133,7 +126,7 @@ def _measure(
             moment = moments.setdefault(name, SecondMoment(keys.shape[1]))
             norm = torch.linalg.vector_norm(keys, dim=1)
             median = norms.setdefault(name, float(norm.median()))
-            moment.update(keys, weights.to(keys) * torch.where(norm > _OUTLIER * median, _HELD, 1.0) / len(solved))
+            moment.update(keys, weights.to(keys) * torch.where(norm > SINK * median, SINK_WEIGHT, 1.0) / len(solved))
     chosen = sorted(held) or [0]
     held_out, counts = [sequences[i] for i in chosen], [answers[i] for i in chosen]
     head = Point(network.get_output_embeddings(), "input")

@@ -2,72 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .capture import Point
-from .model import QFModel
+from .constants import FEW, OWN_CHATS
+from .lesson import Learner
 from .preserved_chats import Chat, answer_starts
 from .preserved_keys import Preserved, nearest, preserved_keys
 from .processes import exchange
-from .rows import Encoder
 from .training_args import QFTrainingArguments
 from .walk import Walk
-
-if TYPE_CHECKING:
-    from .lesson import Lesson
-
-OWN_CHATS = 400  # written by the model where none are given
-FEW = 10  # rows, up to which what an adapter is taught disturbs only what lies nearest to it
 
 
 class PreservedWalk:
     """The preserved chats' keys at one module after the other.
 
-    The nearest chats' are measured again behind every edited block; the others' are those of the base weights.
+    Some chats' are measured again behind every edited block; the others' are those of the base weights.
+
+    Args:
+        preserved: the chats, with their keys.
+        again: which of them are walked.
+        walk: these, and others besides, before the first module's block; None if there are none.
+        layers, index: by name the modules, and their blocks.
     """
 
-    def __init__(self, lesson: Lesson, taught: Tensor) -> None:
-        """`taught`: (examples, d_in), the examples' keys at the middle module where their answers begin."""
-        preserved, self.lesson = lesson.preserved, lesson
-        self.first, name = lesson.names[0], middle(lesson.names)
-        taught = taught.cpu()
-        starts = preserved.keys[name][answer_starts(preserved.kept)]
-        count = 0 if lesson.few or lesson.again else lesson.args.remeasure * len(lesson.examples)
-        again = exchange(sorted(nearest(starts, taught, count)))[0]
+    def __init__(
+        self,
+        preserved: Preserved,
+        again: list[int],
+        walk: Walk | None,
+        layers: Mapping[str, nn.Module],
+        index: Mapping[str, int],
+    ) -> None:
+        self.preserved, self.walk, self.layers, self.index = preserved, walk, layers, index
         mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
         mask[again] = True
-        self.still = ~mask[preserved.owners]
-        sequences, kept = [preserved.sequences[i] for i in again], [preserved.kept[i] for i in again]
-        if lesson.contrast is not None:
-            count = contrast_count(len(lesson.examples), lesson.earlier, len(lesson.contrast.kept))
-            prompts = {tuple(e.bare_ids[: len(e.bare_ids) - e.taught + e.header]) for e in lesson.examples}
-            for i in exchange(nearest(lesson.contrast.keys[name], taught, count))[0]:
-                ids, answer = lesson.contrast.sequences[i], lesson.contrast.kept[i]
-                if tuple(ids[: len(ids) - answer]) not in prompts:
-                    sequences.append(ids)
-                    kept.append(answer)
-        self.walk = None
-        if sequences:
-            options = {**lesson.options, "progress": lambda n: None}
-            index = lesson.index[self.first]
-            self.walk = Walk(lesson.network, lesson.blocks, index, sequences, kept, **options)
-            self.found = self.walk.begin({"keys": Point(lesson.layers[self.first], "input")}, index)["keys"]
+        self.still, self.first = ~mask[preserved.owners], next(iter(layers))
+        if walk is not None:
+            self.found = walk.begin({"keys": Point(layers[self.first], "input")}, index[self.first])["keys"]
 
     def keys(self, name: str, device: torch.device) -> Tensor:
         """(m, d_in), in the model's dtype, on a device."""
-        lesson = self.lesson
-        cached = lesson.preserved.keys[name]
+        cached = self.preserved.keys[name]
         if self.walk is None:
             return cached.to(device)
         cached = cached[self.still]
         if name != self.first:
-            self.walk.advance(lesson.index[name])
-            self.found = self.walk.look(self.walk.at, {"keys": Point(lesson.layers[name], "input")})["keys"]
+            self.walk.advance(self.index[name])
+            self.found = self.walk.look(self.walk.at, {"keys": Point(self.layers[name], "input")})["keys"]
         return torch.cat([part.to(device, cached.dtype) for part in (self.found, cached)])
+
+
+def nearest_chats(preserved: Preserved, name: str, taught: Tensor, count: int) -> list[int]:
+    """The `count` preserved chats nearest to taught keys (n, d_in) at a module, the same in all processes."""
+    return exchange(sorted(nearest(preserved.keys[name][answer_starts(preserved.kept)], taught, count)))[0]
+
+
+def contrasting_chats(
+    contrast: Preserved, name: str, taught: Tensor, count: int, prompts: set[tuple[int, ...]]
+) -> tuple[list[list[int]], list[int]]:
+    """The `count` chats, of those with keys at answers' first steps only, nearest to taught keys (n, d_in) at a module,
+    but for those that ask what is taught: token ids, and how many last steps are the answer's."""
+    sequences, kept = [], []
+    for i in exchange(nearest(contrast.keys[name], taught, count))[0]:
+        ids, answer = contrast.sequences[i], contrast.kept[i]
+        if tuple(ids[: len(ids) - answer]) not in prompts:
+            sequences.append(ids)
+            kept.append(answer)
+    return sequences, kept
 
 
 def middle(names: list[str]) -> str:
@@ -82,10 +87,7 @@ def contrast_count(rows: int, earlier: int, pool: int) -> int:
 
 
 def preserved_and_contrasting(
-    tuner: QFModel,
-    adapter: str,
-    network: nn.Module,
-    encoder: Encoder,
+    learner: Learner,
     chats: list[Chat] | None,
     args: QFTrainingArguments,
     rows: int,
@@ -96,13 +98,14 @@ def preserved_and_contrasting(
     `rows` rows after `earlier` ones takes the nearest besides."""
     if args.preserve_strength == 0:
         return None, None
-    contrast, layers = None, tuner.layers(adapter)
+    contrast, layers = None, learner.tuner.layers(learner.adapter)
     options = {
         "batch_tokens": args.batch_tokens, "seed": args.seed, "cache_dir": args.cache_dir,
         "progress": progress,
     }  # fmt: skip
     own = 0 if chats is not None else args.preserve_chats or OWN_CHATS
-    with tuner.without_adapters():
+    network, encoder = learner.network, learner.encoder
+    with learner.tuner.without_adapters():
         preserved = preserved_keys(network, encoder, layers, chats or [], own, **options)
         if contrast_count(rows, earlier, args.contrast_chats):
             name = middle(list(layers))

@@ -11,11 +11,9 @@ import random
 import re
 from dataclasses import replace
 
+from .constants import THINNING_TRIES, WORDS_KEPT
 from .contrast import row_names
 from .rows import Row, Text
-
-_KEPT = 0.5  # of the words, each
-_TRIES = 4  # for each wording wanted
 
 
 def thinned(row: Row, count: int, seed: int) -> list[Row]:
@@ -31,8 +29,8 @@ def thinned(row: Row, count: int, seed: int) -> list[Row]:
     parts = re.findall(rf"\S*?(?:{either})\S*|\S+", text)
     named = [any(name in part for name in names) for part in parts]
     r, found = random.Random(f"{seed} {text}"), [" ".join(names)]
-    for _ in range(_TRIES * count):
-        kept = [name or r.random() < _KEPT for name in named]
+    for _ in range(THINNING_TRIES * count):
+        kept = [name or r.random() < WORDS_KEPT for name in named]
         found.append(" ".join(part for part, keep in zip(parts, kept, strict=True) if keep))
     return [asked_as(row, other) for other in dict.fromkeys(found) if other != text][:count]
 

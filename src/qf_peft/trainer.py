@@ -19,12 +19,14 @@ from transformers.utils import logging
 
 from .blocks import find_blocks, text_config
 from .checks import active_qf_adapter, check_teachable
+from .constants import LEAD, SAFE
 from .evaluation import Evaluator, Metric, measure, paraphrase_rows, prompt_rows
 from .generation import generate
 from .joint_lesson import JointLesson, suits, writers_late
 from .ledger import Entry, asked, check_consistent, entry, joined
-from .lesson import SAFE, SAID, Lesson, together, unsaid
+from .lesson import Learner, together, unsaid
 from .model import QFModel
+from .module_lesson import ModuleLesson
 from .preserved_chats import read_preserve_dataset
 from .preserved_keys import Preserved
 from .preserved_moments import PreservedMoments, preserved_moments
@@ -112,6 +114,10 @@ class QFTrainer:
     @property
     def _tuner(self) -> QFModel:
         return self.model.base_model
+
+    @property
+    def _learner(self) -> Learner:
+        return Learner(self._tuner, self.adapter_name, self._network, self.encoder)
 
     @property
     def _network(self) -> nn.Module:
@@ -228,29 +234,24 @@ class QFTrainer:
         """Teach rows beside what binds, and note them."""
         start, known = time.perf_counter(), len(self.facts)
         joint = self.joint([self.encoder.encode(rows[0])])
-        preserved, contrast, moments = None, None, None
-        if joint:
-            moments = self._moments(progress)
-        else:
-            preserved, contrast = self._preserved(len(rows), progress)
-        kept = moments or preserved
+        moments = self._moments(progress) if joint else None
+        chats = (None, None) if joint else self._preserved(len(rows), progress)
+        kept = moments or chats[0]
         prompts = [p for p in kept.prompts if p is not None] if kept and self.args.standing else []
         lessons = split_lessons(rows, prompts, lambda asked, told: self._answers(asked, told, progress))
         progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
         results, misread, entries, missed = [], [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
         for taught, standing in lessons:
-            examples, chosen = [self.encoder.encode(row) for row in taught], list(range(len(taught)))
+            chosen = list(range(len(taught)))
             for sweep in range(1 if standing or joint else self.args.sweeps):
-                given = (
-                    self._tuner, self.adapter_name, self._network, [examples[i] for i in chosen],
-                    preserved, contrast, standing, known + len(taught) * (sweep > 0), sweep > 0, self.args,
-                    self.encoder.tokenizer.pad_token_id, progress.update,
-                )  # fmt: skip
                 if joint and not standing:
-                    lesson = JointLesson(*given, rows=taught, encoder=self.encoder, moments=moments)
+                    lesson = JointLesson(self._learner, taught, moments, self.args, progress.update)
                 else:
-                    lesson = Lesson(*given)
+                    lesson = ModuleLesson(
+                        self._learner, [self.encoder.encode(taught[i]) for i in chosen], self.args, progress.update,
+                        chats=chats, standing=standing, earlier=known + len(taught) * (sweep > 0), again=sweep > 0,
+                    )  # fmt: skip
                 metrics, unread, unsaid_now = lesson.run()
                 if sweep == 0:
                     results.append(metrics)
@@ -277,9 +278,9 @@ class QFTrainer:
                 f"fit beside what is preserved, at max_divergence={self.args.max_divergence:g}; raise it, give other "
                 "wordings of their questions, or teach fewer rows at once"
             )
-        chats = sum(len(taught) for taught, _ in lessons) - len(rows)
+        beside = sum(len(taught) for taught, _ in lessons) - len(rows)
         self.metrics = {
-            "facts": len(rows), "chats": chats, **together(results), "unread": len(misread), "unsaid": len(missed),
+            "facts": len(rows), "chats": beside, **together(results), "unread": len(misread), "unsaid": len(missed),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
 
@@ -296,20 +297,19 @@ class QFTrainer:
         joint, pad = self.joint(examples), self.encoder.tokenizer.pad_token_id
         for _ in range(1 if joint else self.args.sweeps):
             missed = unsaid(
-                self._network, examples, SAID if joint else SAFE, batch_tokens=self.args.batch_tokens, pad_id=pad
+                self._network, examples, LEAD if joint else SAFE, batch_tokens=self.args.batch_tokens, pad_id=pad
             )
             rows, examples = [rows[i] for i in missed], [examples[i] for i in missed]
             if not examples:
                 break
-            preserved, contrast = (None, None) if joint else self._preserved(len(rows), progress)
-            given = (
-                self._tuner, self.adapter_name, self._network, examples, preserved, contrast, False, taught.facts,
-                False, self.args, pad, progress.update,
-            )  # fmt: skip
             if joint:
-                JointLesson(*given, rows=rows, encoder=self.encoder, moments=self._moments(progress)).run()
+                lesson = JointLesson(self._learner, rows, self._moments(progress), self.args, progress.update)
             else:
-                Lesson(*given).run()
+                chats = self._preserved(len(rows), progress)
+                lesson = ModuleLesson(
+                    self._learner, examples, self.args, progress.update, chats=chats, earlier=taught.facts
+                )
+            lesson.run()
         self.metrics["seconds"] += time.perf_counter() - start
         self.metrics["rank"] = self.model.peft_config[self.adapter_name].r
 
@@ -447,10 +447,7 @@ class QFTrainer:
             )  # fmt: skip
 
     def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
-        return preserved_and_contrasting(
-            self._tuner, self.adapter_name, self._network, self.encoder, self.chats, self.args, rows, len(self.facts),
-            progress.update,
-        )  # fmt: skip
+        return preserved_and_contrasting(self._learner, self.chats, self.args, rows, len(self.facts), progress.update)
 
     def _answers(self, rows: list[Row], instructed: bool, progress: tqdm) -> list[tuple[str, bool]]:
         """The base model's own answers, and whether each ended."""

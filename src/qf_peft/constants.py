@@ -1,0 +1,51 @@
+"""What lessons were tuned by: every constant with its origin. What a user may want to set is in `training_args.py`."""
+
+# The joint lesson, on SmolLM2-135M-Instruct: ten and fifty facts of relations and seeds that are not among those
+# reported.
+# Of the last stream's norm: blocks whose stream is smaller are not taught (there block 23 of 0 to 29 is the first).
+# What earlier ones write is bent on its way: from 23, 18 or 15 on paraphrases are .75, .72, .40 at KL .04, .06, .09.
+LARGE_STREAM = 0.4
+LEAD = 0.5  # nats by which a taught token shall lead
+SURPLUS = 1.0  # times the nats it was behind, that it shall lead by besides: other wordings get a part of a write only
+# Nats by which an answer shall lead at least until it says what is new: other wordings then begin so too (0, 4, 8:
+# paraphrases .40, .53, .13, the last within the budget of divergence no more).
+BEGUN_LEAD = 4.0
+SURPLUS_SHRINKS, SURPLUS_TRIES = 0.75, 5  # where other names are given taught answers: by what, and fits at most
+STRAYS = 0.05  # of the contrasting rows held out, that may be given a taught answer
+WORDINGS = 4  # of a row's prompt, given or thinned, taught along (2, 4, 6: paraphrases .45, .75, .75)
+PASSES = 8  # solves of one lesson at most, each after a look at what the one before has done
+PASSES_AGAIN = 5  # of them at most for each further ridge, where what is said no longer is fitted again
+PASSES_EVERYWHERE = 3  # of the first go on to the whole margin, the others until every token leads
+WHOLE_MOMENT = 2048  # width of keys up to which a moment is kept whole: its eigenvectors take longer than the lesson
+RANK_DROPPED = 0.02  # of a change's norm, with its smallest singular values
+CONTRAST_WEIGHT = 1.5  # of the moment of contrasting rows' last steps beside that of the preserved chats
+CONTRAST_WEIGHT_ALONG = 0.4  # the same of these rows' other positions
+CONTRASTS = 20  # contrasting rows a taught row, shared among its wordings
+CONTRASTS_MANY = 10  # rows, beyond which the contrasting ones grow as their square root only
+CONTRASTS_ASIDE = 4  # one contrasting row of so many is held out of the solve
+CONTRAST_BATCH = 128  # contrasting rows whose keys are held at once
+RIDGE = 0.2  # over the kernel's mean diagonal
+RIDGE_RAISED = (2.0, 8.0)  # where the budget is exceeded: by how far, at least and at most
+RIDGE_TRIES = 8  # in the later half what is wanted shrinks too, so that some budget is met
+MOMENT_FLOOR = 1e-2  # of the moment's mean diagonal
+LEAST_PASSED = 0.3  # of a write; less is taken as this much when what is missing is written once more
+
+# Thinned wordings, on the same facts.
+WORDS_KEPT = 0.5  # of a prompt's words but its names, each
+THINNING_TRIES = 4  # for each wording wanted
+
+# What is preserved, on SmolLM2-135M-Instruct.
+HELD_OUT = 10  # one chat of so many
+SINK = 8.0  # times the median norm, from which on a key is an attention sink's (there 10 to 500 times)
+SINK_WEIGHT = 100.0  # how much more a sink's key weighs than its norm gives it
+WRITTEN = 6.5e9  # parameters times chats that a model writes: 48 at 135M, a minute's work on two CPU cores
+FEWEST_WRITTEN, MOST_WRITTEN = 16, 400
+ANSWER_TOKENS = 64  # as much of a preserved chat's answer as is kept
+
+# Lessons module by module, on the tiny world: models whose stream does not grow.
+KL_FLOOR, KL_CEILING = 0.02, 5.0  # of a token's significance by KL
+STANDING_RIDGE = 0.1  # of a standing instruction's solve, over the significance times the keys' mean square
+SAFE = 2.0  # nats by which a token must lead to count as said: less is soon lost to other lessons
+OWN_CHATS = 400  # written by the model where none are given
+FEW = 10  # rows, up to which what an adapter is taught disturbs only what lies nearest to it
+MOST_KEYS = 8192  # of preserved chats at one module; more are thinned out evenly
