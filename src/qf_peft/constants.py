@@ -10,10 +10,11 @@ SURPLUS = 1.0  # times the nats it was behind, that it shall lead by besides: ot
 # Nats by which an answer shall lead at least until it says what is new: other wordings then begin so too (0, 4, 8:
 # paraphrases .40, .53, .13, the last within the budget of divergence no more).
 BEGUN_LEAD = 4.0
-SURPLUS_SHRINKS, SURPLUS_TRIES = 0.75, 5  # where other names are given taught answers: by what, and fits at most
+SURPLUS_SHRUNK, SURPLUS_SHRINKS = 0.75, 4  # where other names are given taught answers: by what, how often at most
 STRAYS = 0.05  # of the contrasting rows held out, that may be given a taught answer
 WORDINGS = 4  # of a row's prompt, given or thinned, taught along (2, 4, 6: paraphrases .45, .75, .75)
 PASSES = 8  # solves of one lesson at most, each after a look at what the one before has done
+PASSES_BETWEEN = 2  # of them while the surplus shrinks
 PASSES_AGAIN = 5  # of them at most for each further ridge, where what is said no longer is fitted again
 PASSES_EVERYWHERE = 3  # of the first go on to the whole margin, the others until every token leads
 WHOLE_MOMENT = 2048  # width of keys up to which a moment is kept whole: its eigenvectors take longer than the lesson

@@ -18,15 +18,17 @@ from . import constants as tuned
 from .blocks import split_path
 from .capture import Point, forward_pass
 from .contrast import contrast_rows
+from .held_out import HeldOutChats, Strays
 from .joint import JointSystem
 from .lesson import Learner, Lesson
 from .moments import SecondMoment
+from .prefix import common
 from .preserved_moments import PreservedMoments
 from .rows import Row
 from .solve import LowRankDelta
 from .statistics import TaughtAdapter
 from .stream import Writer, grows_with_depth
-from .target import Unembedding, divergence, leads, pushed, read_off
+from .target import Unembedding, leads, pushed, read_off
 from .thinned import asked_as, thinned
 from .training_args import QFTrainingArguments
 from .walk import Walk
@@ -81,34 +83,6 @@ class _Fit:
     def moving(self) -> Tensor:
         """(n): the taught positions where something is missing."""
         return self.taught & (self.lead < self.margin - 1e-3)
-
-
-class _Strays:
-    """Contrasting rows held out of the solve.
-
-    Args:
-        walk: their passes, halted before the first taught block.
-        end: where the stream is read.
-        depth: the number of blocks.
-        unembedding: what reads it.
-        objects: the tokens by which the taught rows say what is new.
-    """
-
-    def __init__(self, walk: Walk, end: Point, depth: int, unembedding: Unembedding, objects: set[int]) -> None:
-        self.walk, self.points, self.last, self.unembedding = walk, {"stream": end}, depth - 1, unembedding
-        self.objects = torch.tensor(sorted(objects))
-        self.before = self._said(walk.begin(self.points, self.last)["stream"]) if walk.sequences else None
-
-    def share(self) -> float:
-        """Of the rows, those that are now, and were not before, given a taught answer."""
-        if self.before is None:
-            return 0.0
-        now = self._said(self.walk.look(self.last, self.points)["stream"])
-        return float((torch.isin(now, self.objects) & (now != self.before)).float().mean())
-
-    def _said(self, stream: Tensor) -> Tensor:
-        """The likeliest token at each row's last step: (rows)."""
-        return self.unembedding.logits(stream.to(self.unembedding.head.weight.device)).argmax(1).cpu()
 
 
 class JointLesson(Lesson):
@@ -177,7 +151,10 @@ class JointLesson(Lesson):
         rows = self._contrasting(new)
         near, aside = self._near(chosen, rows), rows[tuned.CONTRASTS_ASIDE - 1 :: tuned.CONTRASTS_ASIDE]
         halted = Walk(self.network, self.blocks, self.index[chosen[0]], aside, [1] * len(aside), **self.unseen)
-        strays = _Strays(halted, ends["stream"], depth, unembedding, self._objects(new))
+        strays = Strays(halted, ends["stream"], unembedding, self._objects(new))
+        kept = self.moments
+        halted = Walk(self.network, self.blocks, self.index[chosen[0]], kept.held_out, kept.answers, **self.unseen)
+        chats = HeldOutChats(halted, ends["stream"], unembedding, kept.head)
         bounds = {name: self._bound(name, known, near.get(name), stream.device) for name in chosen}
         system = JointSystem({name: found[name][taught] for name in chosen}, bounds, significance)
         present = {
@@ -189,9 +166,8 @@ class JointLesson(Lesson):
         margin = torch.where(self._beginnings(new).to(margin.device), margin.clamp(min=tuned.BEGUN_LEAD), margin)
         aimed, _ = pushed(unembedding, stream, gold, margin)
         fit = _Fit(system, present, walk, unembedding, gold, taught, own, lead, margin)
-        moving = fit.moving
         wanted, strayed = self._without_strays(fit, strays, aimed - stream)
-        wanted, ridge, kl = self._within_budget(fit, wanted)
+        wanted, ridge, kl = self._within_budget(fit, chats, wanted)
         for name in chosen:
             bounds[name].update(found[name][taught], significance / system.ridge(ridge))
             known.bound[name] = bounds[name].compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT))
@@ -202,7 +178,7 @@ class JointLesson(Lesson):
         reading = read_off(unembedding, context["stream"], after[own], gold[own])
         self.options["progress"](len(self.examples))
         self._finish(known)
-        moved = ((reading.lead.to(lead) - lead[own]) / (fit.margin - lead)[own].clamp(min=1e-6))[moving[own]]
+        moved = ((reading.lead.to(lead) - lead[own]) / (fit.margin - lead)[own])[fit.moving[own]]
         blocks = sorted({self.index[name] for name in chosen})
         metrics = {
             "taught_tokens": len(before.lead),
@@ -217,46 +193,48 @@ class JointLesson(Lesson):
             "contrasts": len(rows),
             "strayed": strayed,
             "kl_preserved": float(kl.mean()),
-            "kl_preserved_worst": float(max(part.mean() for part in kl.split(self.moments.answers))),
+            "kl_preserved_worst": float(max(part.mean() for part in kl.split(kept.answers))),
             "ridge": ridge,
         }
         rest = torch.zeros(len(self.gold) - len(reading.lead), dtype=torch.bool)
         unread = torch.cat([before.read.cpu() != self.gold[own], rest])
         return metrics, self._any(unread), self._any(torch.cat([reading.lead.cpu() < 0, rest]))
 
-    def _without_strays(self, fit: _Fit, strays: _Strays, wanted: Tensor) -> tuple[Tensor, float]:
+    def _without_strays(self, fit: _Fit, strays: Strays, wanted: Tensor) -> tuple[Tensor, float]:
         """Fit, and lower the surplus until few contrasting rows that are held out are given taught answers: the change
         of the stream (n, d) that is solved for, and the share of those rows that still are."""
-        wanted = self._fitted(fit, wanted, tuned.RIDGE, again=False)
-        for attempt in range(tuned.SURPLUS_TRIES):
-            share = strays.share()
-            if share <= tuned.STRAYS or attempt == tuned.SURPLUS_TRIES - 1:
-                break
-            margin = tuned.LEAD + (fit.margin - tuned.LEAD) * tuned.SURPLUS_SHRINKS
+        wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES)
+        share = strays.share()
+        shrinks = 0
+        while share > tuned.STRAYS and shrinks < tuned.SURPLUS_SHRINKS:
+            margin = tuned.LEAD + (fit.margin - tuned.LEAD) * tuned.SURPLUS_SHRUNK
             part = (margin - fit.lead) / (fit.margin - fit.lead).clamp(min=1e-3)
             wanted, fit.margin = wanted * part.clamp(0, 1)[:, None], margin
-            wanted = self._fitted(fit, wanted, tuned.RIDGE, again=True)
+            wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES_BETWEEN, again=True)
+            share, shrinks = strays.share(), shrinks + 1
+        if shrinks:
+            wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES_AGAIN, again=True)
+            share = strays.share()
         return wanted, share
 
-    def _within_budget(self, fit: _Fit, wanted: Tensor) -> tuple[Tensor, float, Tensor]:
+    def _within_budget(self, fit: _Fit, chats: HeldOutChats, wanted: Tensor) -> tuple[Tensor, float, Tensor]:
         """Raise the ridge until the held-out chats diverge no more than allowed: the change of the stream (n, d) that
         is solved for at last, the ridge, and the divergence (positions) of what is installed then."""
         ridge = tuned.RIDGE
         for attempt in range(tuned.RIDGE_TRIES):
-            kl = self._preserved_divergence()
+            kl = chats.divergence()
             if kl.mean() <= self.args.max_divergence:
                 return wanted, ridge, kl
             # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
             raised = min(max(float(kl.mean()) / self.args.max_divergence, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
             ridge *= raised
             wanted = wanted if attempt < tuned.RIDGE_TRIES // 2 else wanted / raised
-            wanted = self._fitted(fit, wanted, ridge, again=True)
-        return wanted, ridge, self._preserved_divergence()
+            wanted = self._fitted(fit, wanted, ridge, tuned.PASSES_AGAIN, again=True)
+        return wanted, ridge, chats.divergence()
 
-    def _fitted(self, fit: _Fit, wanted: Tensor, ridge: float, again: bool) -> Tensor:
+    def _fitted(self, fit: _Fit, wanted: Tensor, ridge: float, passes: int, again: bool = False) -> Tensor:
         """Solve for a change of the stream, look at what it does in the model, and correct it by what is missing:
         the change that is installed at last."""
-        passes = tuned.PASSES_AGAIN if again else tuned.PASSES
         for step in range(passes):
             self._write(fit.system, wanted[fit.taught], ridge, fit.present)
             if step == passes - 1:
@@ -322,9 +300,11 @@ class JointLesson(Lesson):
         points = {name: Point(self.layers[name], "input") for name in chosen}
         moments = {}
         beside = sum(len(ids) - 2 for ids in rows)
+        # What all begin with, the system prompt, is preserved in every chat; a pass that need not keep it runs it once.
+        shared = min(common(min(rows), max(rows)), *(len(ids) - 2 for ids in rows)) if rows else 0
         for first in range(0, len(rows), tuned.CONTRAST_BATCH):
             part = rows[first : first + tuned.CONTRAST_BATCH]
-            lengths = [len(ids) - 1 for ids in part]
+            lengths = [len(ids) - 1 - shared for ids in part]
             found = forward_pass(self.network, part, lengths, points, **self.unseen)
             # What is new is said at the last position; before it the answer may well begin as a taught one does.
             weights = torch.full((sum(lengths),), tuned.CONTRAST_WEIGHT_ALONG / max(beside, 1))
@@ -361,17 +341,6 @@ class JointLesson(Lesson):
                 rank = None if config.grows else config.r
                 whole[name] = whole[name].compressed(rank=rank, tolerance=dropped)
         return self._install(whole)
-
-    def _preserved_divergence(self) -> Tensor:
-        """KL from the base model's predictions to the present ones at the held-out chats' answers: (n)."""
-        kept = self.moments
-
-        def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
-            return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
-
-        return forward_pass(
-            self.network, kept.held_out, kept.answers, {}, head_inputs=kept.head, on_logits=compare, **self.unseen
-        )["kl"]
 
 
 def passes_of(behind: float) -> tuple[float, float]:

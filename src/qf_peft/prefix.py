@@ -34,7 +34,7 @@ def shared(sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Gr
     for i in order:
         if runs:
             members, length = runs[-1]
-            common = min(length, limits[i], _common(sequences[members[-1]], sequences[i]))
+            common = min(length, limits[i], common(sequences[members[-1]], sequences[i]))
             if common >= _WORTHWHILE and (len(members) == 1 or 2 * common >= length):
                 members.append(i)
                 runs[-1] = members, common
@@ -45,7 +45,7 @@ def shared(sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Gr
     return ([alone] if alone.members else []) + together
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -71,7 +71,11 @@ class Unembedding:
 
     def logits(self, stream: Tensor) -> Tensor:
         """(n, vocabulary) float32, before any capping."""
-        return self.head(self.norm(stream.to(self.head.weight.dtype))).float() * self.scale
+        return self.unembed(self.norm(stream.to(self.head.weight.dtype)))
+
+    def unembed(self, read: Tensor) -> Tensor:
+        """The logits of what the head reads (n, d): (n, vocabulary) float32, before any capping."""
+        return self.head(read.to(self.head.weight.dtype)).float() * self.scale
 
     def read(self, stream: Tensor) -> Tensor:
         """What the head reads of a stream: (n, d) float32."""
