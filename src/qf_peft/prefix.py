@@ -34,10 +34,10 @@ def shared(sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Gr
     for i in order:
         if runs:
             members, length = runs[-1]
-            common = min(length, limits[i], common(sequences[members[-1]], sequences[i]))
-            if common >= _WORTHWHILE and (len(members) == 1 or 2 * common >= length):
+            both = min(length, limits[i], common(sequences[members[-1]], sequences[i]))
+            if both >= _WORTHWHILE and (len(members) == 1 or 2 * both >= length):
                 members.append(i)
-                runs[-1] = members, common
+                runs[-1] = members, both
                 continue
         runs.append(([i], limits[i]))
     alone = Group(sorted(i for members, _ in runs if len(members) == 1 for i in members), ())
@@ -46,6 +46,7 @@ def shared(sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Gr
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences both begin with."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
