@@ -129,3 +129,20 @@ def test_intervals():
 def test_unfit_prompts(trainer, given, message):
     with pytest.raises(ValueError, match=message):
         trainer.evaluate(**given)
+
+
+def test_without_rows_the_rest_is_evaluated(tiny, tokenizer):
+    model = get_peft_model(tiny, QFConfig(layers_to_transform=[7], task_type="CAUSAL_LM"))
+    trainer = QFTrainer(model=model, args=QFTrainingArguments.paper(max_new_tokens=40), processing_class=tokenizer)
+    assert set(trainer.evaluate(unknown=UNKNOWN)) == {"unknown", "kl"}
+    with pytest.raises(ValueError, match="nothing to evaluate; give rows to the trainer"):
+        trainer.evaluate()
+
+
+def test_rows_may_come_one_by_one(tiny, tokenizer):
+    model = get_peft_model(tiny, QFConfig(layers_to_transform=[7], task_type="CAUSAL_LM"))
+    args = QFTrainingArguments.paper(max_new_tokens=40)
+    trainer = QFTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=(row for row in ROWS))
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["recall"].value == 1 and found["paraphrase"].count == 2

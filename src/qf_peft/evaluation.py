@@ -145,8 +145,10 @@ def measure(
 ) -> dict[str, Metric | float]:
     """What `QFTrainer.evaluate` returns: the taught `rows`, their paraphrases `others`, the questions `kept` by name
     and the texts, asked of the model as it is and as it is in the context `base()`, without adapters."""
+    result: dict[str, Metric | float] = {}
     with base():
-        result: dict[str, Metric | float] = {"in_context": ask.right(rows, instructed=True)}
+        if rows:
+            result["in_context"] = ask.right(rows, instructed=True)
         before = {name: ask.answers(asked) for name, asked in kept.items()}
         quiet = [
             replace(row, completion=answer)
@@ -157,7 +159,8 @@ def measure(
         bare = ask.head_inputs(quiet) if quiet else None
         if texts:
             result["perplexity_before"] = ask.perplexity(texts)
-    result["recall"] = ask.right(rows)
+    if rows:
+        result["recall"] = ask.right(rows)
     if others:
         result["paraphrase"] = ask.right(others)
     for name, asked in kept.items():

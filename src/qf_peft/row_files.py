@@ -85,7 +85,13 @@ def _table(text: str, source: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{source}, line {reader.line_num} has more cells than the first line has columns")
             cells: dict[str, Any] = {key: value for key, value in row.items() if value}
             if "significance" in cells:
-                numbers = [float(number) for number in cells["significance"].split()]
+                try:
+                    numbers = [float(number) for number in cells["significance"].split()] or [1.0]
+                except ValueError as error:
+                    raise ValueError(
+                        f"{source}, line {reader.line_num}: significance is {cells['significance']!r}; expected a "
+                        "number, or one for each word of the completion between spaces"
+                    ) from error
                 cells["significance"] = numbers if len(numbers) > 1 else numbers[0]
             if "wordings" in cells:
                 cells["wordings"] = [wording.strip() for wording in cells["wordings"].split("|")]

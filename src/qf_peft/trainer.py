@@ -102,6 +102,8 @@ class QFTrainer:
             raise ValueError(f"args is a {type(args).__name__}; expected QFTrainingArguments")
         if processing_class is None:
             raise ValueError("processing_class is missing; give the model's tokenizer")
+        if isinstance(train_dataset, Iterator):  # which can be gone through only once
+            train_dataset = list(train_dataset)
         self.dataset = train_dataset if train_dataset is not None else []
         self.rows = read_rows(train_dataset) if train_dataset is not None else []
         self.chats = read_preserve_dataset(preserve_dataset) if preserve_dataset is not None else None
@@ -360,6 +362,8 @@ class QFTrainer:
                 if prompts is not None
             }
             texts = [text] if isinstance(text, str) else list(text) if text is not None else []
+            if not (self.rows or any(kept.values()) or texts):
+                raise ValueError("there is nothing to evaluate; give rows to the trainer, or locality, unknown or text")
             check_alike(lambda: {"questions": [kept, texts]})
             rows = self._completed(progress)
             ask = Evaluator(
