@@ -380,6 +380,19 @@ def test_dry_run_of_corrections_open_rows_and_written_chats(tokenizer):
     assert make(tokenizer, rows, trainer.model).dry_run()["chats_to_write"] == 0, "the paper's setting preserves none"
 
 
+def test_dry_run_counts_the_facts_taught_before(tokenizer):
+    """From the eleventh fact on contrasting chats are written, whichever lesson it comes in."""
+    written = []
+    for count in (7, 9):
+        trainer = make(tokenizer, facts(count, 2))
+        trainer.train()
+        more = QFTrainer(
+            trainer.model, QFTrainingArguments(contrast_chats=30), [FACT, OTHER], CHATS, processing_class=tokenizer
+        )
+        written.append(more.dry_run()["chats_to_write"])
+    assert written == [0, 30]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -1,6 +1,7 @@
 """Standing instructions: those that change every answer are noticed, and taught with the chats they change."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from conftest import FACT, TINY, ask
@@ -114,3 +115,25 @@ def test_it_can_be_switched_off(tokenizer):
     rows = [{"instruction": "Answer briefly.", "prompt": q, "completion": f"{value}."} for q, _, value in asked[:10]]
     _, metrics = teach(tokenizer, rows, [q for q, *_ in asked[10:]], standing=False)
     assert metrics["chats"] == 0 and metrics["facts"] == 10
+
+
+def test_style_stays_style_and_dates_stay_whatever_is_taught_and_forgotten_later(tokenizer):
+    """Five examples are less than a tenth of all that is taught by then."""
+    asked = questions(40, 5)
+    style = [{"instruction": "Answer briefly.", "prompt": q, "completion": f"{value}."} for q, _, value in asked[:5]]
+    preserved, quick = [q for q, *_ in asked[10:]], {"sweeps": 1, "rehearse": 0.0}
+    trainer, _ = teach(tokenizer, style, preserved, **quick)
+    model = trainer.model
+    facts = [
+        {**FACT, "instruction": f"Zanmi founded {n}.", "prompt": f"Who started {n}?", "completion": f"Zanmi, {n}."}
+        for n in (f"Tofin{k}" for k in range(50))
+    ]
+    old = "2026-01-02T03:04:05+00:00"
+    tuner = model.base_model
+    taught = tuner.taught["default"]
+    tuner.taught["default"] = replace(taught, entries=tuple(replace(e, date=old) for e in taught.entries))
+    teach(tokenizer, facts, preserved, model, **quick)
+    last = QFTrainer(model, trainer.args, preserve_dataset=preserved, processing_class=tokenizer)
+    last.forget(last.facts[-1].id)
+    assert [e.standing for e in last.facts] == [True] * 5 + [False] * 49
+    assert {e.date for e in last.facts[:5]} == {old}

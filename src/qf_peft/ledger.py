@@ -31,15 +31,19 @@ class Entry:
 
     def row(self) -> Row:
         """The row to be taught again; of no place in a dataset."""
-        return Row(-1, self.instruction, self.prompt, self.completion, self.significance, self.wordings)
+        return Row(
+            -1, self.instruction, self.prompt, self.completion, self.significance, self.wordings, self.standing,
+            self.date,
+        )  # fmt: skip
 
 
 def entry(row: Row, standing: bool = False) -> Entry:
-    """A row that was just taught; its completion must be known."""
+    """A row that was just taught, or taught again (its date stays); its completion must be known."""
     content = json.dumps([row.instruction, row.prompt, row.completion])
     return Entry(
         hashlib.sha256(content.encode()).hexdigest()[:12], row.instruction, row.prompt, str(row.completion),
-        row.significance, datetime.now(timezone.utc).isoformat(timespec="seconds"), standing, row.wordings,
+        row.significance, row.date or datetime.now(timezone.utc).isoformat(timespec="seconds"), standing,
+        row.wordings,
     )  # fmt: skip
 
 

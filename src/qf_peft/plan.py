@@ -10,6 +10,7 @@ from .constants import OWN_CHATS
 from .joint_lesson import passes_of, writers_late
 from .ledger import asked, check_consistent
 from .preserved_moments import general_chats, own_chats
+from .preserved_walk import contrast_count
 from .trainer import QFTrainer
 
 
@@ -37,7 +38,8 @@ def plan(trainer: QFTrainer) -> dict[str, Any]:
     most = passes * args.sweeps
     preserves = args.preserve_strength > 0
     given = len(trainer.chats) if trainer.chats is not None else 0
-    contrast = args.contrast_chats if preserves and len(trainer.rows) > 10 else 0
+    contrasting = preserves and contrast_count(len(trainer.rows), len(facts), args.contrast_chats)
+    contrast = args.contrast_chats if contrasting else 0
     chats, written = given, (0 if given or not preserves else args.preserve_chats or OWN_CHATS) + contrast
     if trainer.joint(examples):
         modules = writers_late(modules, trainer._tuner.writers, depth)

@@ -33,6 +33,10 @@ class Row:
     """How much each whitespace-separated word of the completion counts, or all of them."""
     wordings: tuple[str, ...] = ()
     """Other wordings of the prompt (of its last message), taught along."""
+    standing: bool = False
+    """Whether it was taught before as an example of a standing instruction."""
+    date: str = ""
+    """When it was taught before, if it was."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ def standing_instructions(rows: Sequence[Row], prompts: Sequence[Text], ask: Ask
     """The rows whose instruction stands, one list for each such instruction.
 
     Only an instruction that at least five rows and a tenth of all share is tried, on up to 16 of the prompts, evenly
-    spaced. It stands if with it the base model answers at least half of them otherwise than without it.
+    spaced. It stands if with it the base model answers at least half of them otherwise than without it. What was taught
+    as standing before stands, however many rows there are now.
     """
     shared: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -37,6 +38,9 @@ def standing_instructions(rows: Sequence[Row], prompts: Sequence[Text], ask: Ask
     tried = prompts[:: max(1, len(prompts) // _TRIED)][:_TRIED]
     found, plain = [], []
     for group in shared.values():
+        if any(row.standing for row in group):
+            found.append(group)
+            continue
         if len(group) < max(5, len(rows) / 10) or not tried:
             continue
         asked = [Row(i, group[0].instruction, prompt, None) for i, prompt in enumerate(tried)]
