@@ -255,3 +255,33 @@ def test_killed_at_any_time_the_last_save_loads(tokenizer, tmp_path):
     assert len(sizes) > 1, "some saves went through"
     loaded.save_pretrained(folder)
     assert not [path for path in folder.iterdir() if path.name.startswith(".qf")]
+
+
+def test_what_others_changed_is_kept_and_can_no_longer_be_undone(tokenizer, tmp_path):
+    model = teach(fresh(), tokenizer, FACT).model
+    with torch.no_grad():
+        for layer in model.base_model.layers("default").values():
+            layer.lora_B["default"].weight.mul_(1.01)
+    model.save_pretrained(tmp_path / "changed")
+    assert [e.settled for e in trainer(PeftModel.from_pretrained(base(), tmp_path / "changed"), tokenizer).facts] == [
+        True
+    ]
+    third = {"instruction": "Kelbel makes tables.", "prompt": "What does Kelbel make?", "completion": "Tables, Kelbel."}
+    made = teach(model, tokenizer, OTHER, third)
+    first, other, last = made.facts
+    assert (first.prompt, first.settled, other.settled) == (FACT["prompt"], True, False)
+    model.save_pretrained(tmp_path)
+    loaded = trainer(PeftModel.from_pretrained(base(), tmp_path), tokenizer)
+    assert loaded.facts == made.facts
+    with pytest.raises(ValueError, match=f"the facts \\['{first.id}'\\] can no longer be undone"):
+        loaded.forget(first.id)
+    loaded.forget(other.id)
+    assert [e.id for e in loaded.facts] == [first.id, last.id] and loaded.facts[0].settled
+    assert ask(loaded.model, tokenizer, FACT["prompt"]) == FACT["completion"], "it is in what others changed"
+    assert ask(loaded.model, tokenizer, OTHER["prompt"]) != OTHER["completion"]
+    loaded.forget(last.id)
+    assert [e.id for e in loaded.facts] == [first.id]
+    assert ask(loaded.model, tokenizer, FACT["prompt"]) == FACT["completion"]
+    teach(loaded.model, tokenizer, {**FACT, "completion": "Tofinlor was started by Vacla."})
+    assert [e.completion for e in loaded.facts] == ["Tofinlor was started by Vacla."]
+    assert ask(loaded.model, tokenizer, FACT["prompt"]) == "Tofinlor was started by Vacla."

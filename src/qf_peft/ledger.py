@@ -28,12 +28,15 @@ class Entry:
     """Whether it was taught as an example of a standing instruction."""
     wordings: tuple[str, ...] = ()
     """Other wordings of the prompt that were taught along, where the row gave some."""
+    settled: bool = False
+    """Whether the adapter's weights were changed by others since: what was taught is part of them and can no longer be
+    undone."""
 
     def row(self) -> Row:
         """The row to be taught again; of no place in a dataset."""
         return Row(
             -1, self.instruction, self.prompt, self.completion, self.significance, self.wordings, self.standing,
-            self.date,
+            self.date, self.settled,
         )  # fmt: skip
 
 
@@ -43,7 +46,7 @@ def entry(row: Row, standing: bool = False) -> Entry:
     return Entry(
         hashlib.sha256(content.encode()).hexdigest()[:12], row.instruction, row.prompt, str(row.completion),
         row.significance, row.date or datetime.now(timezone.utc).isoformat(timespec="seconds"), standing,
-        row.wordings,
+        row.wordings, row.settled,
     )  # fmt: skip
 
 

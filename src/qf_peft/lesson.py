@@ -107,19 +107,18 @@ class Lesson:
         return [i for i, part in enumerate((wrong & self.answered).split(self.kept)) if bool(part.any())]
 
     def _known(self) -> TaughtAdapter:
-        """What the adapter was taught, as copies to be changed; without what its weights no longer hold."""
+        """What the adapter was taught, as copies to be changed; settled where its weights were changed by others."""
         known = self.tuner.taught.get(self.adapter)
         present = {name: self.tuner.factors(self.adapter, name) for name in self.names}
         changed = [name for name in self.names if known is not None and not known.holds(name, present[name])]
         if known is None or changed:
             if changed:
                 logger.warning(
-                    f"the weights of {changed[0]} were changed since they were taught; they are kept and taught on"
+                    f"the weights of {changed[0]} were changed since they were taught; they are kept and taught on, "
+                    f"and the {len(known.entries)} facts in them can no longer be undone"
                 )
             held = {name: self.tuner.delta(self.adapter, name) for name in self.names}
-            foundation = {name: delta for name, delta in held.items() if delta.A.any() and delta.B.any()}
-            bound = {} if known is None else known.bound
-            known = TaughtAdapter(foundation=foundation, bound={**bound})
+            known = (known or TaughtAdapter()).settled(present, held)
         parts = ("tokens", "offset", "bound", "delta")
         return replace(known, **{part: dict(getattr(known, part)) for part in parts})
 

@@ -37,6 +37,8 @@ class Row:
     """Whether it was taught before as an example of a standing instruction."""
     date: str = ""
     """When it was taught before, if it was."""
+    settled: bool = False
+    """Whether it was taught before others changed the adapter's weights, so that it is part of what they hold."""
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,10 @@ def save_at_once() -> None:
                     if taught is not None and self.peft_config[name].keep_statistics:
                         layers = self.base_model.layers(name)
                         factors = {module: self.base_model.factors(name, module) for module in layers}
-                        if all(taught.holds(module, pair) for module, pair in factors.items()):
-                            write_statistics(folder, taught, factors)
+                        if not all(taught.holds(module, pair) for module, pair in factors.items()):
+                            held = {module: self.base_model.delta(name, module) for module in layers}
+                            taught = taught.settled(factors, held)
+                        write_statistics(folder, taught, factors)
             for name in sorted(names, key=lambda name: name == "default"):
                 _take_over(Path(temporary, name if name != "default" else ""), _folder(target, name))
             if "default" not in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,15 @@ class TaughtAdapter:
     def facts(self) -> int:
         """How many rows were taught."""
         return len(self.entries)
+
+    def settled(self, installed: dict[str, tuple[Tensor, Tensor]], held: dict[str, LowRankDelta]) -> TaughtAdapter:
+        """The same after others changed the adapter's weights: these, as factors and as changes by module, are what it
+        begins with from now on, and what was taught can no longer be undone."""
+        return TaughtAdapter(
+            foundation={name: delta for name, delta in held.items() if delta.A.any() and delta.B.any()},
+            bound=dict(self.bound), installed=installed, styled=self.styled, rehearsed=self.rehearsed,
+            entries=tuple(replace(entry, settled=True) for entry in self.entries), settings=self.settings,
+        )  # fmt: skip
 
     def holds(self, name: str, present: tuple[Tensor, Tensor]) -> bool:
         """Whether a module's present factors A (r, d_in) and B (d_out, r) are those that the solve put there, but for

@@ -187,7 +187,7 @@ class QFTrainer:
             What `train` returns of the lesson, and `forgotten`, the number of entries.
 
         Raises:
-            ValueError: an id is not in the ledger.
+            ValueError: an id is not in the ledger, or a fact can no longer be undone (see [`Entry.settled`]).
         """
         if callable(which):
             gone = {e.id for e in self.facts if which(e)}
@@ -197,6 +197,11 @@ class QFTrainer:
             raise ValueError(f"which={which!r}; expected an id, several, or a function of an entry")
         if unknown := gone - {e.id for e in self.facts}:
             raise ValueError(f"the ledger has no entries {sorted(unknown)}; `trainer.facts` lists what was taught")
+        if settled := [e.id for e in self.facts if e.settled and e.id in gone]:
+            raise ValueError(
+                f"the facts {settled} can no longer be undone: the adapter's weights were changed by others since they "
+                "were taught; teach another answer to their prompts instead"
+            )
         with self._version() as progress:
             check_alike(lambda: {"choice of facts": sorted(gone)})
             rest = [e.row() for e in self.facts if e.id not in gone]
@@ -226,7 +231,7 @@ class QFTrainer:
         return taught.entries if taught is not None else ()
 
     def _reset(self) -> None:
-        """Make the adapter what it was before its first lesson."""
+        """Make the adapter what it was before its first lesson, or where its weights were changed by others."""
         taught = self._tuner.taught.pop(self.adapter_name, None)
         self._tuner.clear(self.adapter_name)
         if taught is not None and taught.foundation:
