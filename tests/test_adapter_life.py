@@ -1,6 +1,9 @@
 """Save, load, merge, unmerge: a taught adapter in 32 and 16 bits."""
 
+import os
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -245,3 +248,62 @@ def test_loading_while_it_is_saved(tiny, tokenizer, tmp_path):
     )
     assert len(again.base_model.taught["default"].entries) == 1
     assert {p.name for p in tmp_path.iterdir() if p.name.startswith(".")} == set()
+
+
+def test_two_adapters_are_saved_as_peft_saves_them(tiny, tmp_path):
+    model = get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7]))
+    model.add_adapter("a", QFConfig(task_type="CAUSAL_LM", layers_to_transform=[6]))
+    model.save_pretrained(tmp_path, True, ["a"])
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["a"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "a").iterdir()}
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_only_saves_that_were_broken_off_are_removed(tiny, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    elsewhere = tmp_path / "notes" / f".qf_saving-{ended.pid}-x"
+    others, broken, old = (tmp_path / f".qf_saving-{tail}" for tail in (f"{os.getppid()}-x", f"{ended.pid}-x", "abc"))
+    for folder in elsewhere, others, broken, old:
+        folder.mkdir(parents=True)
+    get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7])).save_pretrained(tmp_path)
+    assert elsewhere.exists() and others.exists(), "what another adapter's folder holds, or a living process writes"
+    assert not broken.exists() and not old.exists()
+
+
+SAVE = """
+import sys
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from qf_peft import TINY_MODEL, QFConfig
+model = get_peft_model(
+    AutoModelForCausalLM.from_pretrained(TINY_MODEL),
+    QFConfig(task_type="CAUSAL_LM", layers_to_transform=[int(sys.argv[2])]),
+)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(40):
+    model.save_pretrained(sys.argv[1])
+"""
+
+
+def test_two_processes_save_to_one_folder(tmp_path):
+    """Each save is whole, and the folder is one of them."""
+    savers = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SAVE, str(tmp_path), layer],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for layer in ("6", "7")
+    ]  # fmt: skip
+    for saver in savers:
+        assert saver.stdout.readline() == "ready\n"
+    for saver in savers:
+        saver.stdin.write("\n")
+        saver.stdin.flush()
+    for saver in savers:
+        _, err = saver.communicate(timeout=300)
+        assert saver.returncode == 0, err
+    (layer,) = QFConfig.from_pretrained(tmp_path).layers_to_transform
+    assert all(f".layers.{layer}." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]

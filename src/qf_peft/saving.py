@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
@@ -51,9 +53,9 @@ def save_at_once() -> None:
     def save(self: PeftModel, save_directory: str | os.PathLike, names: list[str], *args: Any, **options: Any) -> None:
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        for broken in target.glob(f"**/{_UNFINISHED}*"):
-            shutil.rmtree(broken, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=_UNFINISHED) as temporary:
+        for folder in {_folder(target, name) for name in ("default", *names)}:
+            _clear(folder)
+        with tempfile.TemporaryDirectory(dir=target, prefix=_unfinished()) as temporary:
             if (target / "README.md").is_file():  # whose text is kept
                 shutil.copy(target / "README.md", temporary)
             with self.base_model.serving.generating():  # the weights and what is known of them are of one time
@@ -76,9 +78,10 @@ def save_at_once() -> None:
 
     @functools.wraps(saved)
     def save_pretrained(self: PeftModel, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
-        names = options.get("selected_adapters") or list(self.peft_config)
+        given = inspect.signature(saved).bind(self, save_directory, *args, **options).arguments
+        names = given.get("selected_adapters") or list(self.peft_config)
         kinds = {getattr(self.peft_config.get(name), "peft_type", None) for name in names}
-        main = options.get("is_main_process", True)
+        main = given.get("is_main_process", True)
         if kinds != {"QF"} or not main or Path(save_directory).is_file():
             return saved(self, save_directory, *args, **options)
         return save(self, save_directory, names, *args, **options)
@@ -95,13 +98,33 @@ def _take_over(source: Path, target: Path) -> None:
     """Make a folder's files those of `source`: from the renaming on they are the folder's, come what may."""
     settle(target)
     target.mkdir(parents=True, exist_ok=True)
-    whole = Path(tempfile.mkdtemp(dir=target, prefix=_UNFINISHED))
+    whole = Path(tempfile.mkdtemp(dir=target, prefix=_unfinished()))
     for path in [p for p in source.iterdir() if p.is_file()]:
         path.replace(whole / path.name)
         with (whole / path.name).open("rb") as file:
             os.fsync(file.fileno())
-    whole.rename(target / _INCOMING)
+    while True:
+        try:
+            whole.rename(target / _INCOMING)
+            break
+        except OSError:
+            if not (target / _INCOMING).exists():
+                raise
+            settle(target)  # another process has saved here just now: the last one's files stay
     settle(target)
+
+
+def _unfinished() -> str:
+    """How the folder of a save is called that this process writes."""
+    return f"{_UNFINISHED}{os.getpid()}-"
+
+
+def _clear(folder: Path) -> None:
+    """Remove saves that were broken off; not those that a living process is at."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        writer = path.name.removeprefix(_UNFINISHED).split("-")[0]
+        if not (writer.isdigit() and psutil.pid_exists(int(writer))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def settle(folder: str | os.PathLike) -> None:
