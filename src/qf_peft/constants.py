@@ -22,6 +22,7 @@ RANK_DROPPED = 0.02  # of a change's norm, with its smallest singular values
 CONTRAST_WEIGHT = 1.5  # of the moment of contrasting rows' last steps beside that of the preserved chats
 CONTRAST_WEIGHT_ALONG = 0.4  # the same of these rows' other positions
 CONTRASTS = 20  # contrasting rows a taught row, shared among its wordings
+CONTRASTS_LEAST = 80  # of them in all, so that one row's too are told from enough others
 CONTRASTS_MANY = 10  # rows, beyond which the contrasting ones grow as their square root only
 CONTRASTS_ASIDE = 4  # one contrasting row of so many is held out of the solve
 CONTRAST_BATCH = 128  # contrasting rows whose keys are held at once

@@ -76,6 +76,8 @@ class _Fit:
     """(n): by how many nats the gold token led before."""
     margin: Tensor
     """(n): by how many it shall lead."""
+    needed: Tensor
+    """(n): the same, but for what helps answers to begin as taught."""
     passed: float = 1.0
     """How much of a write reaches the end, in nats."""
 
@@ -83,6 +85,12 @@ class _Fit:
     def moving(self) -> Tensor:
         """(n): the taught positions where something is missing."""
         return self.taught & (self.lead < self.margin - 1e-3)
+
+    def lowered(self, wanted: Tensor, margin: Tensor) -> Tensor:
+        """Lower the margin: what is left of a wanted change of the stream (n, d)."""
+        part = (margin - self.lead) / (self.margin - self.lead).clamp(min=1e-3)
+        self.margin = margin
+        return wanted * part.clamp(0, 1)[:, None]
 
 
 class JointLesson(Lesson):
@@ -115,6 +123,7 @@ class JointLesson(Lesson):
         of = [k for parts in (given, made) for k, part in enumerate(parts) for _ in part]
         self.row = [*range(len(rows)), *of]
         each = tuned.CONTRASTS * min(1.0, math.sqrt(tuned.CONTRASTS_MANY / len(rows)))
+        each = max(each, tuned.CONTRASTS_LEAST / len(rows))
         self.contrasts = [math.ceil(each / (1 + counts[k])) for k in self.row]
 
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
@@ -162,10 +171,10 @@ class JointLesson(Lesson):
             for name in chosen
         }
         walk.advance(self.index[chosen[0]])
-        margin = tuned.LEAD + tuned.SURPLUS * (-lead).clamp(min=0)
-        margin = torch.where(self._beginnings(new).to(margin.device), margin.clamp(min=tuned.BEGUN_LEAD), margin)
+        needed = tuned.LEAD + tuned.SURPLUS * (-lead).clamp(min=0)
+        margin = torch.where(self._beginnings(new).to(needed.device), needed.clamp(min=tuned.BEGUN_LEAD), needed)
         aimed, _ = pushed(unembedding, stream, gold, margin)
-        fit = _Fit(system, present, walk, unembedding, gold, taught, own, lead, margin)
+        fit = _Fit(system, present, walk, unembedding, gold, taught, own, lead, margin, needed)
         wanted, strayed = self._without_strays(fit, strays, aimed - stream)
         wanted, ridge, kl = self._within_budget(fit, chats, wanted)
         for name in chosen:
@@ -207,9 +216,7 @@ class JointLesson(Lesson):
         share = strays.share()
         shrinks = 0
         while share > tuned.STRAYS and shrinks < tuned.SURPLUS_SHRINKS:
-            margin = tuned.LEAD + (fit.margin - tuned.LEAD) * tuned.SURPLUS_SHRUNK
-            part = (margin - fit.lead) / (fit.margin - fit.lead).clamp(min=1e-3)
-            wanted, fit.margin = wanted * part.clamp(0, 1)[:, None], margin
+            wanted = fit.lowered(wanted, tuned.LEAD + (fit.margin - tuned.LEAD) * tuned.SURPLUS_SHRUNK)
             wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES_BETWEEN, again=True)
             share, shrinks = strays.share(), shrinks + 1
         if shrinks:
@@ -225,6 +232,8 @@ class JointLesson(Lesson):
             kl = chats.divergence()
             if kl.mean() <= self.args.max_divergence:
                 return wanted, ridge, kl
+            if attempt == 0:  # what is least needed goes first
+                wanted = fit.lowered(wanted, torch.minimum(fit.margin, fit.needed))
             # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
             raised = min(max(float(kl.mean()) / self.args.max_divergence, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
             ridge *= raised
