@@ -118,7 +118,7 @@ def model_card(
         location=repo_id or ("path/to/this/folder" + (f"/{adapter}" if adapter != "default" else "")),
         where=blocks_in_words(list(layers)),
         rank=config.r,
-        facts=taught.facts if taught else None,
+        facts=sum(not entry.settled for entry in taught.entries) if taught else None,  # settled ones it held before
         continued=bool(taught and taught.foundation),
         listed=_listed(facts) if facts is not None else "",
         results=[(RESULTS[name][0], _text(value)) for name, value in (metrics or {}).items()],
