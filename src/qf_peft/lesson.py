@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +38,7 @@ class Learner:
     """The tokenizer's."""
 
 
-class Lesson:
+class Lesson(ABC):
     """Teaches examples to an adapter: `run()` leaves its factors and statistics in the tuner.
 
     Args:
@@ -81,10 +82,10 @@ class Lesson:
             self.weights = self.weights * answer
         self.head = self.network.get_output_embeddings()
 
+    @abstractmethod
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
         """Teach. Returns metrics, the examples whose completion the model does not read in context, and those that it
         does not say yet, now without the instruction."""
-        raise NotImplementedError
 
     def _install(self, deltas: Mapping[str, LowRankDelta]) -> dict[str, LowRankDelta]:
         """Put modules' changes into the adapter: the main process's, so that all hold the same bits. Returns these."""
