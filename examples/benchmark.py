@@ -12,7 +12,7 @@ method is measured on the same loaded model in turn, as often as `--repeats` say
 - QF: the default setting, every block, 200 preserved chats given (and 2,400 contrasting ones, see `--contrast`).
   Random weights never say what they are taught, so that the default's further sweeps would all be run; `--sweeps` is 1
   unless given, which is what a lesson takes whose facts are said after the first.
-- QF, one block: `QFTrainingArguments.paper(measure=False)` on one block.
+- QF, one block: `QFTrainingArguments.paper()` on one block.
 - floor: the bare forward passes of both, with the instruction and without, cut behind the last edited block.
 - LoRA: rank 8 on all linear layers, for the steps that `compare.py` found to be needed; of these `--lora-steps` are
   run and the time is scaled.

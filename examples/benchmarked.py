@@ -105,7 +105,7 @@ class Subject:
         o = self.options
         common = {"disable_tqdm": True, "cache_dir": self.cache, "batch_tokens": o.batch_tokens}
         if one_layer:
-            args = QFTrainingArguments.paper(measure=False, **common)
+            args = QFTrainingArguments.paper(**common)
         else:
             args = QFTrainingArguments(sweeps=o.sweeps, contrast_chats=o.contrast, **common, **settings)
         config = QFConfig(task_type="CAUSAL_LM", layers_to_transform=[self.layer] if one_layer else None)

@@ -143,6 +143,7 @@ def forward_pass(
     head_inputs: Tensor | None = None,
     on_logits: Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]] | None = None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
+    on_prefix: Callable[[], None] = lambda: None,
     whole: bool = False,
     scratch: Scratch | None = None,
     progress: Callable[[int], None] = lambda n: None,
@@ -160,8 +161,8 @@ def forward_pass(
             `head_inputs` (n_b × vocabulary each); gives by name what to keep of them, (n_b) each. Without it the pass
             ends at the last point.
         on_batch: called with each batch before it is run.
-        whole: run every block on every token, even without `on_logits`; the unembedding is left out. Otherwise what
-            several sequences begin with (32 tokens or more) is run once, up to the last point.
+        on_prefix: called before what several sequences begin with is run, once for the batches that come then.
+        whole: run every block, even without `on_logits`; the unembedding is left out.
         scratch: where the result is put.
         progress: called with the number of sequences done.
 
@@ -179,7 +180,7 @@ def forward_pass(
     run = model.get_decoder() if whole and not on_logits else model
     stop = not whole and on_logits is None
     limits = [len(ids) - 1 - count for ids, count in zip(sequences, kept, strict=True)]
-    groups = [Group(list(range(len(sequences))), ())] if whole else shared(sequences, limits)
+    groups = shared(sequences, limits)
     turn, own = count(), []
     for group in [*groups, None]:
         cache, mine = None, [] if own else [_nothing([pad_id], device)]  # meets the same modules as other processes'
@@ -188,6 +189,7 @@ def forward_pass(
                 group = Group(group.members, ())
             mine = list(batches(sequences, kept, batch_tokens, pad_id, device, group, turn))
             if mine and group.prefix:
+                on_prefix()
                 cache = _prefill(model, group.prefix, points if stop else {}, device)
         for batch in mine:
             found: dict[str, Tensor] = {}

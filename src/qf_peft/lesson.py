@@ -128,7 +128,7 @@ def together(results: list[dict[str, float]]) -> dict[str, float]:
     """Several lessons' metrics as one's: tokens and passes summed, divergences averaged over the tokens."""
     tokens = [metrics["taught_tokens"] for metrics in results]
     merged = dict(results[-1])
-    for name in ("kl_before", "kl_after", "residual_left") if "kl_before" in merged else ("residual_left",):
+    for name in ("kl_before", "kl_after", "residual_left"):
         merged[name] = sum(n * metrics[name] for n, metrics in zip(tokens, results, strict=True)) / sum(tokens)
     for metrics in results:
         merged = {**metrics, **merged}

@@ -61,43 +61,30 @@ class ModuleLesson(Lesson):
             args = replace(args, target="context", margin=None, significance="rows", spread=False)
             chats = None, None
         self.preserved, self.contrast = chats[0], None if again else chats[1]
-        self.predicts = args.predicts
         super().__init__(learner, examples, args, progress)
 
     solve = staticmethod(beside)
     """How a module's problem is solved where chats are preserved."""
 
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
-        """As [`Lesson.run`]; the examples only where the predictions are asked for."""
+        """As [`Lesson.run`]."""
         final, first = self._final(), self.names[0]
         aims = [name for name in self.names if name == final or final is None or self.writers[name].place is None]
         goals = {name: self._goal(name) for name in aims}
-        ends = {}
-        if self.predicts:
-            ends = {"stream": Point(self.blocks[-1], "output"), "head": Point(self.head, "input")}
+        ends = {"stream": Point(self.blocks[-1], "output"), "head": Point(self.head, "input")}
         with self.tuner.without_adapters():
             context = forward_pass(
                 self.network, [e.context_ids for e in self.examples], self.kept, {**goals, **ends}, **self.options
             )
-        depth, last = len(self.blocks), max(self.index[name] for name in (first, *aims[-1:]))
-        reached = depth if self.predicts else max(self.index[name] for name in aims) + 1
-
+        depth = len(self.blocks)
         centre = {"middle": Point(self.layers[middle(self.names)], "input")} if self.preserved is not None else {}
         points = {**self._points(first), **centre, **ends}
-        unembedding, options, reading = None, {}, Reading.empty(len(self.gold))
-        if self.predicts:
-            last = depth - 1
-            unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
-            if unembedding is None:
-                options = {"head_inputs": context["head"], "on_logits": self._compare}
-        elif centre:
-            last = max(last, self.index[middle(self.names)])
+        options, reading = {}, Reading.empty(len(self.gold))
+        unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
+        if unembedding is None:
+            options = {"head_inputs": context["head"], "on_logits": self._compare}
         walk = Walk(self.network, self.blocks, self.index[first], self.bare, self.kept, **self.options)
-        if len(self.names) > 1 or self.predicts:
-            found = walk.begin(points, last, **options)
-        else:
-            found = forward_pass(self.network, self.bare, self.kept, points, **self.options)
-            walk.steps = (last + 1) / depth
+        found = walk.begin(points, depth - 1, **options)
         if options:
             reading = Reading(**{name: found.pop(name) for name in vars(reading)})
         target, significance, reading = self._aim(unembedding, context, found, reading)
@@ -109,7 +96,7 @@ class ModuleLesson(Lesson):
             walk.advance(self.index[self.names[-1]])
             after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
             reading = read_off(unembedding, context["stream"], after, self.gold.to(after.device))
-        elif self.predicts:
+        else:
             options["progress"] = lambda n: None
             reading = Reading(**forward_pass(self.network, self.bare, self.kept, {}, **{**self.options, **options}))
             walk.steps += 1
@@ -119,11 +106,8 @@ class ModuleLesson(Lesson):
             "kl_after": float(reading.divergence.mean()),
             "residual_left": left,
             "rank": self.tuner.peft_config[self.adapter].r,
-            "forward_passes": round(reached / depth + walk.steps, 2),
+            "forward_passes": round(1 + walk.steps, 2),
         }
-        if not self.predicts:
-            del metrics["kl_before"], metrics["kl_after"]
-            return metrics, [], []
         return metrics, self._any(reading.read != self.gold), self._any(reading.lead < SAFE)
 
     def _aim(

@@ -83,10 +83,6 @@ class QFTrainingArguments:
             How many GB of activations (keys, residuals, the states between blocks) a lesson may hold in memory. What
             is beyond lies in temporary files (`TMPDIR`, on a disk) and is gone through in blocks; the result is the
             same. The solves take up to some d_in × d_in matrices in float64 besides. By default all is in memory.
-        measure (`bool`, defaults to `True`):
-            Whether `train()` measures `kl_before`, `kl_after` and `unread` where the solve does without the model's
-            predictions (`target="context"`, no `margin`, `significance="rows"`). `False` ends both passes at the last
-            edited block: a lesson then costs hardly more than these.
         max_new_tokens (`int`, defaults to 256):
             How long an answer may be that the model gives itself, for rows without a completion.
         seed (`int`, defaults to 0):
@@ -122,7 +118,6 @@ class QFTrainingArguments:
     memory_rank: int = 1024
     batch_tokens: int = 4096
     activation_memory: float | None = None
-    measure: bool = True
     max_new_tokens: int = 256
     seed: int = 0
     cache_dir: str | Path | None = None
@@ -176,12 +171,6 @@ class QFTrainingArguments:
     def activation_bytes(self) -> float | None:
         """`activation_memory` in bytes."""
         return None if self.activation_memory is None else self.activation_memory * 1e9
-
-    @property
-    def predicts(self) -> bool:
-        """Whether a lesson needs the model's predictions, and not only its states."""
-        solved = self.target == "nearest" or self.margin is not None or self.significance == "kl"
-        return self.measure or solved or self.sweeps > 1
 
     @classmethod
     def paper(cls, **settings) -> QFTrainingArguments:

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .capture import Batch, Point, capture, forward_pass, put
+from .prefix import empty_cache, repeated
 from .processes import join
 from .scratch import Scratch
+
+_CACHE = object()  # stands for a cache among what a block was called with
+
+
+@dataclass
+class _Run:
+    """A batch's way through the blocks, or that of a prefix which batches share."""
+
+    batch: Batch | None
+    """None: it is a prefix."""
+    cached: bool
+    """Whether it goes on behind the prefix that was run before it."""
+    calls: list[tuple[tuple, dict]] = field(default_factory=list)
+    """By block, what it is called with besides the hidden state."""
+    hidden: Tensor | None = None
+    """(b, t, d): what goes into the block to come."""
+    device: torch.device | None = None
 
 
 class Walk:
     """Sequences halted before a block.
 
     The first pass is the model's own and notes what each block is called with besides the hidden state (masks, position
-    embeddings); from then on blocks are called one by one.
+    embeddings); from then on blocks are called one by one. What several sequences begin with is walked once.
 
     Args:
         network: the transformers model.
@@ -27,8 +47,6 @@ class Walk:
         sequences, kept, options: as in [`forward_pass`].
     """
 
-    hidden: list[Tensor]
-    """A batch: (b, t, d), what goes into block `at`."""
     at: int
     """The block that comes next."""
     steps: float
@@ -46,11 +64,8 @@ class Walk:
         self.network, self.blocks, self.at = network, blocks, first
         self.sequences, self.kept, self.options = sequences, kept, options
         self.scratch: Scratch = options.get("scratch") or Scratch()
-        self.hidden = []
         self.steps = 0.0
-        self._device: list[torch.device] = []
-        self._batches: list[Batch] = []
-        self._calls: list[list[tuple[tuple, dict]]] = []  # a batch, a block
+        self._runs: list[_Run] = []
 
     @torch.no_grad()
     def begin(self, points: Mapping[str, Point], last: int, **options: Any) -> dict[str, Tensor]:
@@ -59,18 +74,18 @@ class Walk:
 
         def note(index: int):
             def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-                self._calls[-1].append((args[1:], rest))
+                run, hidden = self._runs[-1], args[0] if args else kwargs["hidden_states"]
+                # A cache is made anew whenever the blocks are run: none is kept.
+                rest = {k: _without_cache(v) for k, v in kwargs.items() if k != "hidden_states"}
+                run.calls.append((tuple(map(_without_cache, args[1:])), rest))
                 if index == self.at:
-                    self._device.append(hidden.device)
-                    self.hidden.append(self.scratch.keep(hidden))
+                    run.device, run.hidden = hidden.device, self.scratch.keep(hidden)
 
             return see
 
-        def new_batch(batch: Batch) -> None:
-            self._batches.append(batch)
-            self._calls.append([])
+        def start(batch: Batch | None) -> None:
+            behind = batch is not None and batch.input_ids.shape[1] < batch.attention_mask.shape[1]
+            self._runs.append(_Run(batch, behind))
 
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
@@ -82,7 +97,8 @@ class Walk:
                 self.sequences,
                 self.kept,
                 points,
-                on_batch=new_batch,
+                on_batch=start,
+                on_prefix=lambda: start(None),
                 whole=True,
                 **self.options,
                 **options,
@@ -94,33 +110,48 @@ class Walk:
     def look(self, last: int, points: Mapping[str, Point]) -> dict[str, Tensor]:
         """Run the blocks from `at` up to `last` and keep the points' activations: (n, d) each. Halts where it was."""
         result: dict[str, Tensor] = {}
-        for number, batch in enumerate(self._batches):
+        for run, cache in self._with_caches():
             found: dict[str, Tensor] = {}
-            with capture(points, batch, found, stop=True):
-                hidden = self.hidden[number].to(self._device[number])
-                for index in range(self.at, last + 1):
-                    hidden = self._call(index, number, hidden)
+            with capture(points, run.batch, found, stop=True) if run.batch is not None else nullcontext():
+                self._through(run, last + 1, cache)
             for name, values in found.items():
-                put(result, name, values, batch, sum(self.kept), self.scratch)
-        join(result, [batch.order for batch in self._batches])
+                put(result, name, values, run.batch, sum(self.kept), self.scratch)
+        join(result, [run.batch.order for run in self._runs if run.batch is not None])
         self.steps += (last + 1 - self.at) / len(self.blocks)
         return result
 
     @torch.no_grad()
     def advance(self, to: int) -> None:
         """Go on to before block `to`."""
-        for number in range(len(self._batches)):
-            hidden = self.hidden[number].to(self._device[number])
-            for index in range(self.at, to):
-                hidden = self._call(index, number, hidden)
-            self.hidden[number].copy_(hidden)
+        for run, cache in self._with_caches():
+            run.hidden.copy_(self._through(run, to, cache))
         self.steps += (to - self.at) / len(self.blocks)
         self.at = to
 
-    def _call(self, index: int, number: int, hidden: Tensor) -> Tensor:
-        args, kwargs = self._calls[number][index]
-        output = self.blocks[index](hidden, *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+    def _with_caches(self) -> Iterator[tuple[_Run, Cache | None]]:
+        """The runs, a prefix before the batches that go on behind it: each with the cache that it fills or reads."""
+        cache: Cache | None = None
+        for run in self._runs:
+            if run.batch is None:
+                cache = empty_cache(self.network)
+                yield run, cache
+            else:
+                yield run, repeated(cache, len(run.batch.input_ids)) if run.cached else None
+
+    def _through(self, run: _Run, end: int, cache: Cache | None) -> Tensor:
+        """What comes out of the blocks from `at` up to before `end`."""
+        hidden = run.hidden.to(run.device)
+        for index in range(self.at, end):
+            args, kwargs = run.calls[index]
+            args = [cache if value is _CACHE else value for value in args]
+            kwargs = {name: cache if value is _CACHE else value for name, value in kwargs.items()}
+            output = self.blocks[index](hidden, *args, **kwargs)
+            hidden = output if isinstance(output, Tensor) else output[0]
+        return hidden
+
+
+def _without_cache(value: Any) -> Any:
+    return _CACHE if isinstance(value, Cache) else value
 
 
 @contextmanager
