@@ -151,4 +151,4 @@ def test_random_models_streams_do_not_grow(tokenizer):
     model = get_peft_model(random_model("llama"), QFConfig(task_type="CAUSAL_LM"))
     args = QFTrainingArguments(preserve_chats=4, contrast_chats=0, disable_tqdm=True)
     metrics = QFTrainer(model=model, args=args, train_dataset=[FACT], processing_class=tokenizer).train()
-    assert "kl_preserved" not in metrics
+    assert "first_block" not in metrics and "strength" in metrics

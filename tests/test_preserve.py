@@ -157,10 +157,16 @@ def test_the_model_writes_chats_itself(tiny, tokenizer):
 
 
 def test_generic_prompts_where_the_model_cannot_write(tokenizer):
+    chats = write_chats(random_model("gpt2"), Encoder(tokenizer), 40, 0, lambda n: None)
+    assert [c.prompt for c in chats][-len((*FACTUAL, *OPEN)) :] == [*FACTUAL, *OPEN]
+
+
+def test_a_model_without_a_template_writes_plain_texts(tiny):
     plain = AutoTokenizer.from_pretrained(TINY)
     plain.chat_template = None
-    chats = write_chats(random_model("gpt2"), Encoder(plain), 40, 0, lambda n: None)
-    assert [c.prompt for c in chats] == [*FACTUAL, *OPEN]
+    chats = write_chats(tiny, Encoder(plain), 20, 0, lambda n: None)
+    texts = [c.text for c in chats if c.text is not None]
+    assert len(texts) == len(set(texts)) >= 10 and all(c.prompt is None for c in chats if c.text)
 
 
 def test_few_keys_make_no_square_matrix(tiny, tokenizer, tmp_path, monkeypatch):

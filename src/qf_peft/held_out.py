@@ -5,10 +5,13 @@ Both are halted before the first taught block, so that a look costs only the blo
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any
 
-from .capture import Point
+import torch
+from torch import Tensor, nn
+
+from .capture import Point, forward_pass
 from .processes import dealt, join
 from .target import Unembedding, chunks, divergence
 from .walk import Walk
@@ -21,15 +24,17 @@ class HeldOutChats:
         walk: their passes, to be halted before the first taught block; their answers' positions are kept.
         end: where the stream is read.
         unembedding: what reads it.
-        head: (n, d), what the unembedding reads at these positions with the base weights.
+        head: (n, d), what the unembedding reads at these positions with the base weights; None: what it reads now,
+            where the adapter holds a standing instruction, which changes every chat.
     """
 
-    def __init__(self, walk: Walk, end: Point, unembedding: Unembedding, head: Tensor) -> None:
-        self.walk, self.points, self.unembedding, self.head = walk, {"stream": end}, unembedding, head
-        walk.begin(self.points, walk.at)
+    def __init__(self, walk: Walk, end: Point, unembedding: Unembedding, head: Tensor | None) -> None:
+        self.walk, self.points, self.unembedding = walk, {"stream": end}, unembedding
+        stream = walk.begin(self.points, walk.at if head is not None else len(walk.blocks) - 1)["stream"]
+        self.head = head if head is not None else unembedding.read(stream.to(unembedding.head.weight.device))
 
     def divergence(self) -> Tensor:
-        """KL from the base model's predictions to the present ones, in nats: (n)."""
+        """KL from the predictions before to the present ones, in nats: (n)."""
         stream = self.walk.look(len(self.walk.blocks) - 1, self.points)["stream"]
         kl, parts = torch.empty(len(stream)), list(dealt(chunks(len(stream), self.unembedding.head)))
         for part in parts:
@@ -38,6 +43,26 @@ class HeldOutChats:
             kl[part] = divergence(then, self.unembedding.predictions(self.unembedding.logits(now))).cpu()
         join({"kl": kl}, [torch.arange(len(kl))[part] for part in parts])
         return kl
+
+
+@torch.no_grad()
+def head_inputs(network: nn.Module, sequences: Sequence[list[int]], answers: Sequence[int], **options: Any) -> Tensor:
+    """What the unembedding reads at chats' answer positions: (n, d)."""
+    return forward_pass(
+        network, sequences, answers, {"head": Point(network.get_output_embeddings(), "input")}, **options
+    )["head"]
+
+
+@torch.no_grad()
+def diverged(
+    network: nn.Module, sequences: Sequence[list[int]], answers: Sequence[int], head: Tensor, **options: Any
+) -> Tensor:
+    """KL in nats from the predictions that `head` gave (see [`head_inputs`]) to the model's present ones: (n)."""
+
+    def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
+        return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
+
+    return forward_pass(network, sequences, answers, {}, head_inputs=head, on_logits=compare, **options)["kl"]
 
 
 class Strays:

@@ -49,7 +49,7 @@ def suits(
     plain = all(writers[name].place is not None and writers[name].norm is None for name in names)
     if not (plain and args.target == "nearest" and args.margin is not None and args.preserve_strength > 0):
         return False
-    if not grows_with_depth(network, ids):
+    if not grows_with_depth(network):
         return False
     points = {"stream": Point(blocks[-1], "output"), "head": Point(network.get_output_embeddings(), "input")}
     found = forward_pass(network, [ids], [len(ids) - 1], points, batch_tokens=len(ids), pad_id=ids[0])
@@ -163,7 +163,8 @@ class JointLesson(Lesson):
         strays = Strays(halted, ends["stream"], unembedding, self._objects(new))
         kept = self.moments
         halted = Walk(self.network, self.blocks, self.index[chosen[0]], kept.held_out, kept.answers, **self.unseen)
-        chats = HeldOutChats(halted, ends["stream"], unembedding, kept.head)
+        chats = HeldOutChats(halted, ends["stream"], unembedding, None if known.styled else kept.head)
+        self.allowed = self.args.divergence_of(known.facts + self.own)
         bounds = {name: self._bound(name, known, near.get(name), stream.device) for name in chosen}
         system = JointSystem({name: found[name][taught] for name in chosen}, bounds, significance)
         present = {
@@ -230,13 +231,13 @@ class JointLesson(Lesson):
         ridge = tuned.RIDGE
         for attempt in range(tuned.RIDGE_TRIES):
             kl = chats.divergence()
-            if kl.mean() <= self.args.max_divergence:
+            if kl.mean() <= self.allowed:
                 return wanted, ridge, kl
             if attempt == 0:  # what is least needed goes first
                 wanted = fit.lowered(wanted, torch.minimum(fit.margin, fit.needed))
             # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
-            raised = min(max(float(kl.mean()) / self.args.max_divergence, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
-            ridge *= raised
+            raised = float(kl.mean()) / self.allowed
+            ridge *= min(max(raised, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
             wanted = wanted if attempt < tuned.RIDGE_TRIES // 2 else wanted / raised
             wanted = self._fitted(fit, wanted, ridge, tuned.PASSES_AGAIN, again=True)
         return wanted, ridge, chats.divergence()

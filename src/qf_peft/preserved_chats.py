@@ -68,28 +68,34 @@ def read_preserve_dataset(dataset: Iterable[Any]) -> list[Chat]:
 def write_chats(
     network: nn.Module, encoder: Encoder, count: int, seed: int, progress: Callable[[int], None]
 ) -> list[Chat]:
-    """User turns that the model writes itself, sampled after the template's user header (Magpie, arXiv 2406.08464).
+    """User turns that the model writes itself, sampled after the template's user header (Magpie, arXiv 2406.08464);
+    without a chat template plain texts, sampled from the first token on.
 
-    Duplicates and turns that do not end are dropped; where less than half are left, or there is no chat template,
-    generic prompts are added.
+    Duplicates and turns that do not end are dropped; where less than half are left, generic prompts are added.
     """
-    turns: list[str] = []
-    opening = encoder.user_opening()
-    if opening is not None:
+    tokenizer, opening = encoder.tokenizer, encoder.user_opening()
+    plain = opening is None
+    if plain:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        opening = [first] if first is not None else []
+    made: list[Chat] = []
+    if opening:
         wanted = -(-count * 5 // 4)
         answers = generate(
             network,
-            encoder.tokenizer,
+            tokenizer,
             [opening] * wanted,
             max_new_tokens=ANSWER_TOKENS,
             batch_tokens=_WRITING_TOKENS,
             sample_seed=seed,
             progress=progress,
         )
-        turns = list(dict.fromkeys(text for text, ended in answers if ended and text))[:count]
-    if len(turns) < count / 2:
-        turns += [p for p in (*FACTUAL, *OPEN) if p not in turns]
-    return [Chat(turn) for turn in turns]
+        texts = dict.fromkeys(text for text, ended in answers if text and (ended or plain))
+        made = [Chat(None, text=text) if plain else Chat(text) for text in texts][:count]
+    if len(made) < count / 2:
+        turns = {chat.prompt for chat in made}
+        made += [Chat(p) for p in (*FACTUAL, *OPEN) if p not in turns]
+    return made
 
 
 def answered_chats(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Point, forward_pass
-from .constants import MOST_KEYS
+from .constants import HELD_OUT, MOST_KEYS
 from .preserved_cache import cached
 from .preserved_chats import Chat, answer_starts, answered_chats, write_chats
 from .rows import Encoder, Text
@@ -30,11 +30,46 @@ class Preserved:
     (chats, d_in)."""
     prompts: list[Text | None]
     """Each chat's prompt, None where it is plain text."""
+    held_out: Sequence[list[int]] = ()
+    """Token ids of the chats that no solve shall see, by which a lesson is measured."""
+    answers: Sequence[int] = ()
+    """How many of each of these chats' last positions are answer positions."""
 
     @property
     def owners(self) -> Tensor:
         """For each key the chat it belongs to: (Σ kept)."""
         return torch.repeat_interleave(torch.arange(len(self.kept)), torch.tensor(self.kept, dtype=torch.long))
+
+    def split(self) -> Preserved:
+        """The same with a tenth of the chats held out; of fewer than ten none."""
+        held = range(HELD_OUT - 1, len(self.kept), HELD_OUT)
+        rest = [i for i in range(len(self.kept)) if i not in held]
+        chosen = torch.isin(self.owners, torch.tensor(rest))
+        return Preserved(
+            [self.sequences[i] for i in rest],
+            [self.kept[i] for i in rest],
+            _Chosen(self.keys, chosen),
+            [self.prompts[i] for i in rest],
+            [self.sequences[i] for i in held],
+            [self.kept[i] for i in held],
+        )
+
+
+@dataclass(frozen=True)
+class _Chosen(Mapping):
+    """Some of the rows of tensors that are read one at a time."""
+
+    tensors: Mapping[str, Tensor]
+    chosen: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name][self.chosen]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def preserved_keys(

@@ -106,7 +106,7 @@ def preserved_and_contrasting(
     own = 0 if chats is not None else args.preserve_chats or OWN_CHATS
     network, encoder = learner.network, learner.encoder
     with learner.tuner.without_adapters():
-        preserved = preserved_keys(network, encoder, layers, chats or [], own, **options)
+        preserved = preserved_keys(network, encoder, layers, chats or [], own, **options).split()
         if contrast_count(rows, earlier, args.contrast_chats):
             name = middle(list(layers))
             options["seed"] += 1  # other chats than those preserved

@@ -44,15 +44,15 @@ class Writer:
 
 
 @torch.no_grad()
-def grows_with_depth(network: nn.Module, ids: list[int] | None = None) -> bool:
+def grows_with_depth(network: nn.Module) -> bool:
     """Whether the residual stream is several times as large behind the last block as behind the first, as in pretrained
-    models. Measured in one short pass, on `ids` or else on a few tokens spread over the vocabulary; False for a model
+    models. Measured in one short pass on a few tokens spread over the vocabulary, whatever is taught; False for one
     without weights (on the meta device)."""
     if getattr(network, "hf_device_map", None) is None and any(p.is_meta for p in network.parameters()):
         return False
     blocks = find_blocks(network)[1]
     vocabulary = network.get_input_embeddings().weight.shape[0]
-    ids = ids or [k * vocabulary // 8 for k in range(8)]
+    ids = [k * vocabulary // 8 for k in range(8)]
     points = {"first": Point(blocks[0], "output"), "last": Point(blocks[-1], "output")}
     try:
         found = forward_pass(network, [ids], [len(ids) - 1], points, batch_tokens=len(ids), pad_id=ids[0])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .constants import FARTHEST, REACH
 from .processes import dealt, join
 from .stream import is_rms, norm_gain
 
@@ -232,8 +233,10 @@ def forced(
         rows = (margin - ahead > 1e-3).nonzero()[:, 0]
         if not len(rows):
             break
-        rivals, short = unembedding.rows(other[rows]), margin - ahead[rows]
-        moved[rows] += smallest_step(unembedding, moved[rows], unembedding.rows(gold[rows]), rivals, short)
+        own, rivals = unembedding.rows(gold[rows]), unembedding.rows(other[rows])
+        short = reachable(unembedding, own, rivals, torch.full_like(ahead[rows], margin)) - ahead[rows]
+        there = moved[rows] + smallest_step(unembedding, moved[rows], own, rivals, short.clamp(min=0))
+        moved[rows] = not_far(stream[rows], there)
         logits[rows] = unembedding.logits(moved[rows])
     return moved, logits
 
@@ -246,15 +249,15 @@ def ahead_of_rivals(
     rivals = logits.scatter(1, gold[:, None], -torch.inf).topk(min(_CANDIDATES, logits.shape[1] - 1), 1)
     tokens = torch.cat([gold[:, None], rivals.indices], 1)
     moved, follow, values = stream.clone(), unembedding.rows(tokens), logits.gather(1, tokens)
+    wanted = reachable(unembedding, follow[:, :1], follow[:, 1:], margin[:, None])
     for _ in range(steps):
-        best = values[:, 1:].max(1)
-        short = margin - (values[:, 0] - best.values)
+        short, worst = (wanted - (values[:, :1] - values[:, 1:])).max(1)
         rows = (short > 1e-3).nonzero()[:, 0]
         if not len(rows):
             break
         here, near = moved[rows], follow[rows]
-        first = near[torch.arange(len(rows), device=near.device), 1 + best.indices[rows]]
-        there = here + smallest_step(unembedding, here, near[:, 0], first, short[rows])
+        first = near[torch.arange(len(rows), device=near.device), 1 + worst[rows]]
+        there = not_far(stream[rows], here + smallest_step(unembedding, here, near[:, 0], first, short[rows]))
         values[rows] += torch.einsum("nkd,nd->nk", near, unembedding.read(there) - unembedding.read(here))
         moved[rows] = there
     return moved
@@ -268,6 +271,27 @@ def smallest_step(unembedding: Unembedding, stream: Tensor, gold: Tensor, other:
         direction = direction - direction.mean(1, keepdim=True)
     size = nats * unembedding.spread(stream) / direction.square().sum(1).clamp(min=1e-12)
     return size[:, None] * direction
+
+
+def reachable(unembedding: Unembedding, gold: Tensor, other: Tensor, margin: Tensor) -> Tensor:
+    """By how many nats tokens shall lead others, of which `gold` and `other` are the rows of the unembedding (…, d).
+
+    The margin; but behind a norm no state lets a token lead by more than √d times the length of what tells the two
+    rows apart. Where the margin is more than most of that, as for tokens that are all but the same to the model, little
+    is asked for, which costs little."""
+    direction = unembedding.gain * (gold - other)
+    if unembedding.centred:
+        direction = direction - direction.mean(-1, keepdim=True)
+    most = REACH * direction.shape[-1] ** 0.5 * torch.linalg.vector_norm(direction, dim=-1)
+    return torch.where(most < margin, most * most / margin, margin)
+
+
+def not_far(stream: Tensor, moved: Tensor) -> Tensor:
+    """States `moved` (n, d), those that are far from `stream` (n, d) drawn nearer: the norm behind them bounds what a
+    lead can be, so that where two tokens' rows are much alike no step reaches it, however large."""
+    step = moved - stream
+    most = FARTHEST * torch.linalg.vector_norm(stream, dim=1)
+    return stream + step * (most / torch.linalg.vector_norm(step, dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
 
 
 def on_the_way(

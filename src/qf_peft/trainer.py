@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from transformers.utils import logging
 
 from .blocks import find_blocks, text_config
 from .checks import active_qf_adapter, check_teachable
-from .constants import LEAD, SAFE
+from .constants import BUDGET_USED, LEAD, SAFE, STRENGTH_RAISED, STRENGTH_TRIES
 from .evaluation import Evaluator, Metric, measure, paraphrase_rows, prompt_rows
 from .generation import generate
+from .held_out import diverged, head_inputs
 from .joint_lesson import JointLesson, suits, writers_late
 from .ledger import Entry, asked, check_consistent, entry, joined
 from .lesson import Learner, together, unsaid
@@ -141,7 +143,9 @@ class QFTrainer:
             `residual_left` (the part of the wanted change of the last taught module's stream that is still missing: its
             norm over the change's), `unread` (rows whose completion the model itself does not give with the instruction
             in context; a warning names them), `unsaid` (rows whose completion is not the likeliest now; a warning names
-            them where lessons are solved jointly, and the metrics of [`JointLesson.run`] are there besides), `rank`,
+            them where the budget of divergence was in the way), `kl_preserved` and `kl_preserved_worst` (mean KL at
+            held-out chats, and the worst chat's), `strength` (the `preserve_strength` at last, where lessons are solved
+            module by module; else the metrics of [`JointLesson.run`] are there besides), `rank`,
             `forward_passes` (how often the rows went through the model, in
             units of its depth) and `seconds`.
 
@@ -249,26 +253,19 @@ class QFTrainer:
         progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
         results, misread, entries, missed = [], [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
+        held = self._tuner.taught.get(self.adapter_name)
+        styled = (held is not None and held.styled) or any(standing for _, standing in lessons)
         for taught, standing in lessons:
-            chosen = list(range(len(taught)))
-            for sweep in range(1 if standing or joint else self.args.sweeps):
-                if joint and not standing:
-                    lesson = JointLesson(self._learner, taught, moments, self.args, progress.update)
-                else:
-                    lesson = ModuleLesson(
-                        self._learner, [self.encoder.encode(taught[i]) for i in chosen], self.args, progress.update,
-                        chats=chats, standing=standing, earlier=known + len(taught) * (sweep > 0), again=sweep > 0,
-                    )  # fmt: skip
+            if joint and not standing:
+                lesson = JointLesson(self._learner, taught, moments, self.args, progress.update)
                 metrics, unread, unsaid_now = lesson.run()
-                if sweep == 0:
-                    results.append(metrics)
-                    misread += [taught[i] for i in unread if id(taught[i]) in own]
-                else:
-                    results[-1]["forward_passes"] += metrics["forward_passes"] * len(chosen) / len(taught)
-                chosen = [chosen[i] for i in unsaid_now]
-                if not chosen:
-                    break
-            missed += [taught[i] for i in chosen if id(taught[i]) in own]
+            elif standing or chats[0] is None or not chats[0].held_out:
+                metrics, unread, unsaid_now = self._swept(taught, standing, chats, self.args, progress)
+            else:
+                metrics, unread, unsaid_now = self._swept_gently(taught, chats, self.args, styled, progress)
+            results.append(metrics)
+            misread += [taught[i] for i in unread if id(taught[i]) in own]
+            missed += [taught[i] for i in unsaid_now if id(taught[i]) in own]
             entries += [entry(row, standing) for row in taught if id(row) in own]
         now = self._tuner.taught[self.adapter_name]
         entries = joined(now.entries, entries)
@@ -279,10 +276,12 @@ class QFTrainer:
                 f"{len(misread)} of {len(rows)} rows are not read in context: with its instruction the model gives "
                 f"another answer than the completion (rows {_shown(misread)})"
             )
-        if joint and missed:
+        gently = joint or any(m.get("strength", 0) > self.args.preserve_strength for m in results)
+        if gently and missed:
+            allowed = self.args.divergence_of(len(entries))
             logger.warning(
                 f"{len(missed)} of {len(rows)} rows are not said after the lesson (rows {_shown(missed)}): they do not "
-                f"fit beside what is preserved, at max_divergence={self.args.max_divergence:g}; raise it, give other "
+                f"fit beside what is preserved, at max_divergence={allowed:.2g}; raise it, give other "
                 "wordings of their questions, or teach fewer rows at once"
             )
         beside = sum(len(taught) for taught, _ in lessons) - len(rows)
@@ -290,6 +289,69 @@ class QFTrainer:
             "facts": len(rows), "chats": beside, **together(results), "unread": len(misread), "unsaid": len(missed),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
+
+    def _swept(
+        self, taught: list[Row], standing: bool, chats: tuple, args: QFTrainingArguments, progress: tqdm
+    ) -> tuple[dict[str, float], list[int], list[int]]:
+        """Teach rows module by module, and those that the model does not say yet again. Returns metrics, the rows it
+        does not read in context, and those that it does not say at last."""
+        known, chosen = len(self.facts), list(range(len(taught)))
+        metrics, unread = {}, []
+        for sweep in range(1 if standing else args.sweeps):
+            lesson = ModuleLesson(
+                self._learner, [self.encoder.encode(taught[i]) for i in chosen], args, progress.update,
+                chats=chats, standing=standing, earlier=known + len(taught) * (sweep > 0), again=sweep > 0,
+            )  # fmt: skip
+            found, misread, missed = lesson.run()
+            if sweep == 0:
+                metrics, unread = found, misread
+            else:
+                metrics["forward_passes"] += found["forward_passes"] * len(chosen) / len(taught)
+            chosen = [chosen[i] for i in missed]
+            if not chosen:
+                break
+        return metrics, unread, chosen
+
+    def _swept_gently(
+        self,
+        taught: list[Row],
+        chats: tuple[Preserved, Preserved | None],
+        args: QFTrainingArguments,
+        styled: bool,
+        progress: tqdm,
+    ) -> tuple[dict[str, float], list[int], list[int]]:
+        """As `_swept`, but where the chats held out diverge more than is allowed, anew with more weight on what is
+        preserved."""
+        kept, before = chats[0], self._tuner.version(self.adapter_name)
+        options = {"batch_tokens": args.batch_tokens, "pad_id": self.encoder.tokenizer.pad_token_id}
+        allowed = args.divergence_of(len({asked(e) for e in self.facts} | {asked(row) for row in taught}))
+        with nullcontext() if styled else self._tuner.without_adapters():
+            head = head_inputs(self._network, kept.held_out, kept.answers, **options)
+        strength, harmful, fitting = args.preserve_strength, None, None
+        for left in reversed(range(STRENGTH_TRIES)):
+            found = self._swept(taught, False, chats, replace(args, preserve_strength=strength), progress)
+            kl = diverged(self._network, kept.held_out, kept.answers, head, **options)
+            state = strength, found, kl, self._tuner.version(self.adapter_name)
+            if kl.mean() > allowed:
+                harmful = strength
+            else:
+                fitting = state
+                if harmful is None or kl.mean() >= BUDGET_USED * allowed:
+                    break
+            if not left:
+                break
+            if fitting is not None:
+                strength = math.sqrt(harmful * fitting[0])
+            else:
+                strength *= min(max(float(kl.mean()) / allowed, STRENGTH_RAISED[0]), STRENGTH_RAISED[1])
+            self._tuner.restore(self.adapter_name, before)
+        strength, (metrics, unread, missed), kl, version = fitting or state
+        self._tuner.restore(self.adapter_name, version)
+        worst = max(part.mean() for part in kl.split(list(kept.answers)))
+        taught_now = self._tuner.taught[self.adapter_name]
+        self._tuner.taught[self.adapter_name] = replace(taught_now, settings=self.args.to_dict())
+        metrics.update(kl_preserved=float(kl.mean()), kl_preserved_worst=float(worst), strength=strength)
+        return metrics, unread, missed
 
     def _rehearse(self, new: set[str], progress: tqdm) -> None:
         """Once the ledger has grown enough, teach again those of its entries that the model no longer says."""
@@ -310,13 +372,13 @@ class QFTrainer:
             if not examples:
                 break
             if joint:
-                lesson = JointLesson(self._learner, rows, self._moments(progress), self.args, progress.update)
+                JointLesson(self._learner, rows, self._moments(progress), self.args, progress.update).run()
             else:
-                chats = self._preserved(len(rows), progress)
-                lesson = ModuleLesson(
-                    self._learner, examples, self.args, progress.update, chats=chats, earlier=taught.facts
-                )
-            lesson.run()
+                chats, once = self._preserved(len(rows), progress), replace(self.args, sweeps=1)
+                if chats[0] is not None and chats[0].held_out:
+                    self._swept_gently(rows, chats, once, taught.styled, progress)
+                else:
+                    self._swept(rows, False, chats, once, progress)
         self.metrics["seconds"] += time.perf_counter() - start
         self.metrics["rank"] = self.model.peft_config[self.adapter_name].r
 
@@ -442,7 +504,7 @@ class QFTrainer:
         blocks, names = find_blocks(self._network)[1], list(self._tuner.layers(self.adapter_name))
         with self._tuner.without_adapters():
             trace_writers(self._network, blocks, names, ids[:8], self._tuner.writers)
-        return suits(self._network, names, blocks, self._tuner.writers, ids[:8], self.args)
+            return suits(self._network, names, blocks, self._tuner.writers, ids[:8], self.args)
 
     def _moments(self, progress: tqdm) -> PreservedMoments:
         names, depth = list(self._tuner.layers(self.adapter_name)), len(find_blocks(self._network)[1])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from .constants import DIVERGENCE, DIVERGENCE_FACTS
+
 _HERE = ("activation_memory", "cache_dir", "disable_tqdm", "report_to")  # of this machine and run
 
 
@@ -43,11 +45,13 @@ class QFTrainingArguments:
             How many chats the model writes itself to be preserved where no `preserve_dataset` is given. By default as
             many as cost about a minute on two CPU cores: 48 at 135M parameters, at least 16 and at most 400. On models
             whose stream grows with depth 130 general prompts and 40 plain texts are preserved besides.
-        max_divergence (`float`, defaults to 0.1):
-            On models whose stream grows with depth: the mean KL in nats, from the base model's predictions, that a
-            lesson may leave on chats held out of every solve (a tenth of those preserved). Beyond it the lesson is
-            solved more gently, until it fits; rows that do not fit then are named in a warning (`unsaid` in the
-            metrics). At that the chats read as before (on SmolLM2 LoRA fine-tuning leaves 1 to 1.5).
+        max_divergence (`float`, *optional*):
+            The mean KL in nats, from the base model's predictions, that a lesson may leave on chats held out of every
+            solve (a tenth of those preserved). Beyond it the lesson is solved more gently, until it fits; rows that do
+            not fit then are named in a warning (`unsaid` in the metrics). By default 0.1 up to ten facts, at which
+            chats read as before, and for more facts so much times the fourth root of a tenth of their number (0.15 for
+            fifty, 0.21 for two hundred): each moves a little. LoRA fine-tuning leaves 1 to 1.5 on SmolLM2. With a
+            standing instruction in the adapter, which changes every chat, the KL is from the predictions before.
         contrast_chats (`int`, defaults to 2400):
             For lessons of more than ten rows the model writes so many chats itself (once; they are cached), and of
             these the nearest to the taught prompts, twelve a row beyond ten and at most a third of them, are preserved
@@ -103,7 +107,7 @@ class QFTrainingArguments:
 
     target: Literal["nearest", "context"] = "nearest"
     margin: float | None = 6.0
-    max_divergence: float = 0.1
+    max_divergence: float | None = None
     significance: Literal["kl", "rows"] = "kl"
     spread: bool = True
     preserve_strength: float = 1.0
@@ -154,6 +158,8 @@ class QFTrainingArguments:
             ("rehearse", False),
         ):
             value = getattr(self, name)
+            if name == "max_divergence" and value is None:
+                continue
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and not value):
                 expected = "a positive number" if positive else "a number from 0 up"
                 raise ValueError(f"QFTrainingArguments: {name}={value!r}; expected {expected}")
@@ -166,6 +172,11 @@ class QFTrainingArguments:
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, for JSON; without those that are about this machine and screen only."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _HERE}
+
+    def divergence_of(self, facts: int) -> float:
+        """The mean KL that may be left on held-out chats where so many facts are taught (see `max_divergence`)."""
+        given = self.max_divergence
+        return given if given is not None else DIVERGENCE * max(1.0, facts / DIVERGENCE_FACTS) ** 0.25
 
     @property
     def activation_bytes(self) -> float | None:
