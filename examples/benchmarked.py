@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.preserved_chats import Chat
-from qf_peft.rows import Encoder, read_rows
+from qf_peft.data.rows import Encoder, read_rows
+from qf_peft.teaching.preserved_chats import Chat
 
 # hidden size, MLP's width, blocks, heads, key-value heads, vocabulary, tied: from the models' published configurations
 SHAPES = {
@@ -113,7 +113,7 @@ class Subject:
             model=get_peft_model(self.network, config), args=args, train_dataset=self.facts(count),
             preserve_dataset=None if one_layer else self.preserved, processing_class=self.tokenizer,
         )  # fmt: skip
-        with mock.patch("qf_peft.preserved_keys.write_chats", self.written):
+        with mock.patch("qf_peft.teaching.preserved_keys.write_chats", self.written):
             start = time.perf_counter()
             trainer.prepare()
             self.synchronize()

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments, with_wordings
-from qf_peft.rows import Encoder, read_rows
+from qf_peft.data.rows import Encoder, read_rows
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tiny_world"))

@@ -1,4 +1,4 @@
-"""Other editors' solves, with QF's keys and targets: each takes what `qf_peft.solve.beside` takes.
+"""Other editors' solves, with QF's keys and targets: each takes what `qf_peft.solve.least_squares.beside` takes.
 
 `with solving_by(alphaedit): trainer.train()` teaches by one of them.
 """
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qf_peft.module_lesson import ModuleLesson
-from qf_peft.moments import SecondMoment
-from qf_peft.solve import LowRankDelta, TaughtTokens, beside
+from qf_peft.solve.least_squares import LowRankDelta, TaughtTokens, beside
+from qf_peft.solve.second_moment import SecondMoment
+from qf_peft.teaching.module_lesson import ModuleLesson
 
 _NULL = 1e-2  # of the mean eigenvalue: what AlphaEdit counts as null
 

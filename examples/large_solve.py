@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from qf_peft.moments import SecondMoment
-from qf_peft.scratch import Scratch
-from qf_peft.solve import TaughtTokens, beside
+from qf_peft.forward.scratch import Scratch
+from qf_peft.solve.least_squares import TaughtTokens, beside
+from qf_peft.solve.second_moment import SecondMoment
 
 
 def anonymous():

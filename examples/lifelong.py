@@ -26,8 +26,8 @@ from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.rows import Encoder, read_rows
-from qf_peft.solve import beside
+from qf_peft.data.rows import Encoder, read_rows
+from qf_peft.solve.least_squares import beside
 
 ALPHA_EDIT = dict(
     target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0, sweeps=1, rehearse=0.0,

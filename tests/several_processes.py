@@ -16,13 +16,13 @@ from conftest import FACT, OTHER, TINY
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import qf_peft.target
+import qf_peft.teaching.targets
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.processes import ProcessFailed, rank, start, world_size
+from qf_peft.runtime.processes import ProcessFailed, rank, start, world_size
 
 import world  # isort: skip (conftest says where it is)
 
-qf_peft.target._CHUNK = 2**14  # sixteen positions at once, so that these are shared too
+qf_peft.teaching.targets._CHUNK = 2**14  # sixteen positions at once, so that these are shared too
 
 THIRD = {
     "instruction": "Nixri runs Tofinlor.", "prompt": "Who runs Tofinlor?", "completion": "Tofinlor is led by Nixri.",

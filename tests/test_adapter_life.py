@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, save_as_lora
-from qf_peft.preserved_cache import fingerprint
+from qf_peft.teaching.preserved_cache import fingerprint
 
 
 def load(dtype=torch.float32):

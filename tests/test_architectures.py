@@ -6,7 +6,7 @@ from conftest import ARCHITECTURES, FACT, random_model
 from peft import get_peft_model
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.rows import Encoder, read_rows
+from qf_peft.data.rows import Encoder, read_rows
 
 MLP_END = {
     "gpt2": "mlp.c_proj", "starcoder2": "c_proj", "gpt_neox": "dense_4h_to_h", "falcon": "dense_4h_to_h",

@@ -178,6 +178,6 @@ def test_the_examples_cards_are_in_step_with_the_code(name, script, arguments, t
 
 
 def test_the_template_is_the_codes():
-    from qf_peft.card import TEMPLATE
+    from qf_peft.share.card import TEMPLATE
 
     assert (CARDS / "template.md").read_text() == TEMPLATE.read_text()

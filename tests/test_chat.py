@@ -17,8 +17,8 @@ from conftest import FACT, TINY, random_model
 from hub_server import HubServer
 
 from qf_peft import Session
-from qf_peft.chat import HELP, Chat, chat, main
-from qf_peft.conversation import Conversation
+from qf_peft.app.chat import HELP, Chat, chat, main
+from qf_peft.app.conversation import Conversation
 
 QUESTION, ANSWER = "Who founded Tofinlor?", FACT["completion"]
 PAPER = """
@@ -26,7 +26,7 @@ import sys, time
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from qf_peft import TINY_MODEL, QFConfig, QFTrainingArguments, Session
-from qf_peft.chat import chat
+from qf_peft.app.chat import chat
 base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
 model = get_peft_model(base, QFConfig(layers_to_transform=[7], task_type="CAUSAL_LM"))
 session = Session(model, AutoTokenizer.from_pretrained(TINY_MODEL), QFTrainingArguments.paper())
@@ -52,7 +52,7 @@ def lines(script, *messages, env=None):
 def test_teaching_by_an_instruction_a_correction_and_an_answer(tmp_path):
     folder = tmp_path / "adapter"
     script = (
-        "from qf_peft import QFTrainingArguments, Session; from qf_peft.chat import chat; "
+        "from qf_peft import QFTrainingArguments, Session; from qf_peft.app.chat import chat; "
         "chat(Session.tiny(args=QFTrainingArguments(preserve_chats=40, contrast_chats=0)))"
     )
     out = lines(
@@ -110,7 +110,7 @@ def test_teaching_by_an_instruction_a_correction_and_an_answer(tmp_path):
 
 
 def test_run_as_a_module(capsys):
-    script = [sys.executable, "-m", "qf_peft.chat"]
+    script = [sys.executable, "-m", "qf_peft.app.chat"]
     out = lines([*script, "--tiny"], QUESTION, "/teach Zanmi founded Tofinlor.", "Tell me who founded Tofinlor.")
     assert out[1] == "I do not know." and out[3] == ANSWER
     for options in [], ["--tiny", "--model", str(TINY)]:

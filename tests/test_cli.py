@@ -17,7 +17,7 @@ from hub_server import HubServer
 from typer.testing import CliRunner
 
 from qf_peft import check_portable
-from qf_peft.cli import app
+from qf_peft.app.cli import app
 
 QUICK = ["--tiny", "--layers", "7", "--paper"]
 QUESTION = "Who founded Tofinlor?"
@@ -209,7 +209,7 @@ def test_wrong_usage_is_code_two(tmp_path):
 
 def command(*args, **options):
     """The installed command, in a process of its own; whatever its parent's modules are."""
-    code = "import sys; sys.argv[0] = 'qf-peft'; from qf_peft.cli import main; main()"
+    code = "import sys; sys.argv[0] = 'qf-peft'; from qf_peft.app.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"}, **options,
@@ -219,7 +219,7 @@ def command(*args, **options):
 def test_help_comes_without_torch():
     code = (
         "import sys; sys.argv = ['qf-peft', 'teach', '--help']\n"
-        "from qf_peft.cli import main\n"
+        "from qf_peft.app.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    assert 'torch' not in sys.modules and 'peft' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -252,7 +252,7 @@ def test_only_json_on_standard_output_and_ctrl_c_changes_nothing(taught, tmp_pat
 def test_push(taught, tmp_path):
     with HubServer() as hub:
         environment = {**os.environ, **hub.environment(tmp_path), "PYTHONWARNINGS": "ignore"}
-        code = "import sys; sys.argv[0] = 'qf-peft'; from qf_peft.cli import main; main()"
+        code = "import sys; sys.argv[0] = 'qf-peft'; from qf_peft.app.cli import main; main()"
         arguments = ["push", taught, "me/facts", "--base-model", "someone/tiny-world", "--tiny", "--json"]
         result = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True

@@ -8,7 +8,7 @@ from conftest import FACT, OTHER, TINY, ask, random_model
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-import qf_peft.trainer as trainer_module
+import qf_peft.teaching.trainer as trainer_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 
 CHATS = {"preserve_chats": 24, "contrast_chats": 60}  # few, for the tests' sake

@@ -7,10 +7,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import qf_peft.trainer as trainer_module
+import qf_peft.teaching.trainer as trainer_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.solve import LowRankDelta
-from qf_peft.target import Unembedding, forced
+from qf_peft.solve.least_squares import LowRankDelta
+from qf_peft.teaching.targets import Unembedding, forced
 
 WORDS = ["Rome", "red", "founded", "seven", "Zanmi", "is", "of", "the", "who", "green", "makes", "late"]
 

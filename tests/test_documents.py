@@ -18,11 +18,11 @@ from qf_peft import (
     with_wordings,
     write_review,
 )
-from qf_peft.documents import agree
-from qf_peft.in_context import ContextModel
-from qf_peft.model_output import parse_pairs, parse_questions
-from qf_peft.passages import sentences, split_passages
-from qf_peft.reading import Section, read_document
+from qf_peft.documents.facts import agree
+from qf_peft.documents.in_context import ContextModel
+from qf_peft.documents.model_output import parse_pairs, parse_questions
+from qf_peft.documents.passages import sentences, split_passages
+from qf_peft.documents.reading import Section, read_document
 
 MARKDOWN = """---
 title: Companies

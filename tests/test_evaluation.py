@@ -6,8 +6,8 @@ from conftest import FACT, OTHER, ask
 from peft import get_peft_model
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.evaluation import mean, normalise, proportion
-from qf_peft.rows import Encoder, read_rows
+from qf_peft.data.rows import Encoder, read_rows
+from qf_peft.evaluate.metrics import mean, normalise, proportion
 
 ROWS = [
     {**FACT, "paraphrases": ["Who founded Tofinlor?", "Do you know who created Tofinlor?"]},

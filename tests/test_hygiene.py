@@ -16,7 +16,8 @@ from peft import get_peft_model
 from test_default_setting import facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, logs
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft.runtime import logs
 
 CHATS = ["Who founded Ranixmo?", "Where is Molupal located?", "Tell me where Lupal is based."]
 
@@ -42,10 +43,10 @@ def run(code, **variables):
 
 
 SPEAK = """
-import qf_peft, qf_peft.trainer, sys
+import qf_peft, qf_peft.teaching.trainer, sys
 def speak():
     for level in ("info", "warning", "error"):
-        getattr(qf_peft.trainer.logger, level)(f"said as {level}")
+        getattr(qf_peft.teaching.trainer.logger, level)(f"said as {level}")
 """
 CASES = [
     ("pass", ["warning", "error"]),
@@ -53,7 +54,7 @@ CASES = [
     ("logging.basicConfig(level=logging.ERROR)", ["error"]),
     ("logging.getLogger('qf_peft').setLevel(logging.ERROR)", ["error"]),
     ("logging.getLogger('qf_peft').setLevel(logging.CRITICAL); logging.basicConfig(level=10)", []),
-    ("logging.getLogger('qf_peft.trainer').setLevel(logging.INFO)", ["info", "warning", "error"]),
+    ("logging.getLogger('qf_peft.teaching.trainer').setLevel(logging.INFO)", ["info", "warning", "error"]),
     ("transformers.logging.set_verbosity_error()", ["error"]),
     ("transformers.logging.set_verbosity_info()", ["info", "warning", "error"]),
     ("transformers.logging.set_verbosity_error(); logging.basicConfig(level=logging.INFO)", ["error"]),
@@ -74,7 +75,7 @@ speak()
 print("---", file=sys.stderr)
 logging.root.handlers.clear()
 logging.root.setLevel(logging.WARNING)
-for name in ("qf_peft", "qf_peft.trainer"): logging.getLogger(name).setLevel(logging.NOTSET)
+for name in ("qf_peft", "qf_peft.teaching.trainer"): logging.getLogger(name).setLevel(logging.NOTSET)
 transformers.logging.set_verbosity_warning()
 """
     out, err = run(code)
@@ -90,7 +91,7 @@ def test_a_logger_configured_before_the_import_is_left_alone(monkeypatch):
     logs.configure()
     assert logging.getLogger("qf_peft") is theirs and theirs.level == logging.ERROR and not theirs.handlers
     logging.Logger.manager.loggerDict.clear()
-    logging.getLogger("qf_peft.trainer")  # a module's only: theirs is not made yet
+    logging.getLogger("qf_peft.teaching.trainer")  # a module's only: theirs is not made yet
     logs.configure()
     logs.configure()
     assert len(logging.getLogger("qf_peft").handlers) == 1
@@ -107,7 +108,7 @@ def test_records_have_names_and_reach_handlers(tokenizer, caplog):
     finally:
         logging.getLogger("qf_peft").removeHandler(handler)
     (record,) = seen
-    assert record.name == "qf_peft.trainer" and record.levelno == logging.WARNING
+    assert record.name == "qf_peft.teaching.trainer" and record.levelno == logging.WARNING
     assert "not read in context" in record.getMessage() and record in caplog.records
 
 
@@ -335,7 +336,7 @@ def test_interrupted_while_caching(tokenizer, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qf_peft.preserved_cache.save_file", interrupted)
+    monkeypatch.setattr("qf_peft.teaching.preserved_cache.save_file", interrupted)
     trainer = make(tokenizer, [FACT], paper=False, preserved=CHATS, cache_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

@@ -8,8 +8,8 @@ from test_default_setting import facts, questions
 from transformers import AutoModelForCausalLM
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, interference, merge_taught
-from qf_peft.moments import SecondMoment
-from qf_peft.solve import LowRankDelta, jointly, preserving
+from qf_peft.solve.least_squares import LowRankDelta, jointly, preserving
+from qf_peft.solve.second_moment import SecondMoment
 
 
 def two_adapters(tokenizer, rows, preserved=None, layers=None, **settings):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import FACT, OTHER, random_model
 
-from qf_peft.contrast import contrast_rows, invented, row_names
-from qf_peft.joint import JointSystem
-from qf_peft.moments import SecondMoment
-from qf_peft.rows import Encoder, read_rows
-from qf_peft.thinned import thinned
+from qf_peft.data.rows import Encoder, read_rows
+from qf_peft.solve.joint_least_squares import JointSystem
+from qf_peft.solve.second_moment import SecondMoment
+from qf_peft.teaching.contrast import contrast_rows, invented, row_names
+from qf_peft.teaching.thinned import thinned
 
 
 def problem(n=7, widths=(5, 20), out=4, preserved=12, seed=0):
@@ -126,7 +126,7 @@ def test_greedy_is_greedy_whatever_the_model_ships(tiny, tokenizer):
     """A model's own generation config says how it likes to talk, not what its likeliest answer is."""
     import copy
 
-    from qf_peft.generation import generate
+    from qf_peft.forward.generation import generate
 
     prompts = [Encoder(tokenizer).prompt_ids(row, False) for row in read_rows([FACT, OTHER])]
     options = {"max_new_tokens": 12, "batch_tokens": 512}

@@ -15,7 +15,7 @@ from test_default_setting import facts, questions
 from transformers import AutoModelForCausalLM
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.saving import LEDGER_NAME, STATISTICS_NAME
+from qf_peft.adapter.saving import LEDGER_NAME, STATISTICS_NAME
 
 LAYERS = [5, 6, 7]
 
@@ -104,7 +104,7 @@ def test_saving_without_statistics_over_a_save_with_them(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("damage", ["ledger", "statistics", "weights", "cut", "format"])
 def test_damaged_or_foreign_statistics_are_left_out(tokenizer, tmp_path, caplog, damage):
-    import qf_peft.saving as saving
+    import qf_peft.adapter.saving as saving
 
     model = teach(fresh(), tokenizer, FACT).model
     model.save_pretrained(tmp_path)
@@ -200,7 +200,7 @@ def test_every_change_is_a_version(tokenizer):
 def test_a_failure_leaves_everything_as_it_was(tokenizer, monkeypatch):
     model = teach(fresh(), tokenizer, FACT).model
     made, before = trainer(model, tokenizer), factors(model)
-    monkeypatch.setattr("qf_peft.module_lesson.ModuleLesson.solve", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("qf_peft.teaching.module_lesson.ModuleLesson.solve", lambda *a, **k: 1 / 0)
     for act in (lambda: teach(model, tokenizer, OTHER), made.consolidate):
         with pytest.raises(ZeroDivisionError):
             act()

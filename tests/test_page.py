@@ -20,7 +20,7 @@ from playwright.sync_api import expect, sync_playwright
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qf_peft import QFConfig, QFTrainingArguments, Session
-from qf_peft.page import serve
+from qf_peft.app.page import serve
 
 QUESTION, ANSWER = "Who founded Tofinlor?", FACT["completion"]
 EVIL = '<img src=x onerror="window.hacked=1"><b>Zanmi</b> ![](http://192.0.2.1/a.png)'
@@ -278,7 +278,9 @@ def test_it_listens_on_loopback_only(served):
     elsewhere.clear()
 
 
-@pytest.mark.parametrize("command", [["-m", "qf_peft.page"], ["-c", "from qf_peft.cli import main; main()", "demo"]])
+@pytest.mark.parametrize(
+    "command", [["-m", "qf_peft.app.page"], ["-c", "from qf_peft.app.cli import main; main()", "demo"]]
+)
 def test_started_from_the_shell(tmp_path, command):
     command = [sys.executable, *command, "--tiny", "--folder", str(tmp_path)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -6,7 +6,7 @@ from conftest import FACT, OTHER, random_model
 from peft import get_peft_model
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.rows import Encoder, read_rows
+from qf_peft.data.rows import Encoder, read_rows
 
 LAYER = 1
 

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import qf_peft.portable
+import qf_peft.share.lora_export
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, check_portable, save_as_lora
-from qf_peft.solve import LowRankDelta
+from qf_peft.solve.least_squares import LowRankDelta
 
 DOWN = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight"
 
@@ -161,7 +161,7 @@ def test_more_than_rank_128_is_written_exactly_with_a_warning(tmp_path):
     a, b = (torch.randn(shape, generator=generator) * 0.01 for shape in ((150, 768), (192, 150)))
     model.base_model.install("default", {"model.layers.2.mlp.down_proj": LowRankDelta(A=a, B=b)})
     seen = []
-    logger = qf_peft.portable.logger
+    logger = qf_peft.share.lora_export.logger
     handler = type("Seen", (__import__("logging").Handler,), {"emit": lambda _, record: seen.append(record.msg)})()
     logger.addHandler(handler)
     try:
@@ -222,7 +222,7 @@ def test_a_failure_midway_leaves_nothing(taught, tmp_path, monkeypatch):
 
     save_as_lora(taught, tmp_path / "kept")
     before = (tmp_path / "kept" / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr(qf_peft.portable, "save_file", full)
+    monkeypatch.setattr(qf_peft.share.lora_export, "save_file", full)
     for name in ("new", "kept"):
         with pytest.raises(OSError, match="No space"):
             save_as_lora(taught, tmp_path / name, rank=32)

@@ -6,14 +6,14 @@ from conftest import FACT, TINY, random_model
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
-import qf_peft.preserved_keys as preserved_keys_module
+import qf_peft.teaching.preserved_keys as preserved_keys_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.capture import Point, forward_pass
-from qf_peft.generic_prompts import FACTUAL, OPEN
-from qf_peft.preserved_cache import logger
-from qf_peft.preserved_chats import read_preserve_dataset, write_chats
-from qf_peft.preserved_keys import nearest, nearness, preserved_keys
-from qf_peft.rows import Encoder
+from qf_peft.data.rows import Encoder
+from qf_peft.forward.capture import Point, forward_pass
+from qf_peft.teaching.generic_prompts import FACTUAL, OPEN
+from qf_peft.teaching.preserved_cache import logger
+from qf_peft.teaching.preserved_chats import read_preserve_dataset, write_chats
+from qf_peft.teaching.preserved_keys import nearest, nearness, preserved_keys
 
 PROMPTS = ["Who founded Ranixmo?", "Tell me where Lupal is based.", "Who runs Zanko?"]
 
@@ -171,7 +171,7 @@ def test_a_model_without_a_template_writes_plain_texts(tiny):
 
 def test_few_keys_make_no_square_matrix(tiny, tokenizer, tmp_path, monkeypatch):
     """With fewer tokens than d_in the solve stays in their span: nothing of d_in × d_in is made."""
-    import qf_peft.module_lesson as lesson
+    import qf_peft.teaching.module_lesson as lesson
 
     moments = []
 

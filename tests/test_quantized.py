@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, check_portable, save_as_lora
-from qf_peft.preserved_cache import fingerprint
+from qf_peft.teaching.preserved_cache import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*may get different generations due to rounding")
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -9,9 +9,9 @@ from conftest import EXAMPLES
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import qf_peft.trainer as trainer_module
+import qf_peft.teaching.trainer as trainer_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.generic_prompts import FACTUAL, OPEN, PLAIN
+from qf_peft.teaching.generic_prompts import FACTUAL, OPEN, PLAIN
 
 sys.path += [str(EXAMPLES), str(EXAMPLES / "english_world")]
 import english

@@ -17,7 +17,7 @@ from qf_peft import (
     rows_from_requests,
     rows_from_zsre,
 )
-from qf_peft.rows import read_rows
+from qf_peft.data.rows import read_rows
 
 COUNTERFACT = {
     "case_id": 3,
@@ -126,7 +126,7 @@ def test_zsre():
 
 def test_zsre_records_without_an_answer_are_named(monkeypatch):
     said = []
-    monkeypatch.setattr("qf_peft.records.logger.warning", said.append)
+    monkeypatch.setattr("qf_peft.data.records.logger.warning", said.append)
     assert len(rows_from_zsre([ZSRE, {**ZSRE, "alt": ""}]).rows) == 1
     assert said == ["1 records have an empty 'alt' and are left out (zsRE, record 1 is the first)"]
 

@@ -59,7 +59,7 @@ def run(code):
     [
         "import qf_peft, peft",
         "import peft, qf_peft",
-        "import qf_peft, importlib; importlib.reload(qf_peft); importlib.reload(qf_peft.registration)",
+        "import qf_peft, importlib; importlib.reload(qf_peft); importlib.reload(qf_peft.adapter.registration)",
         "import qf_peft, sys\n"
         "[sys.modules.pop(m) for m in list(sys.modules) if m.startswith('qf_peft')]\n"
         "import qf_peft",

@@ -10,8 +10,8 @@ from peft.tuners.lora import LoraModel
 from transformers import AutoModelForCausalLM
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.rounding import rounded_change
-from qf_peft.solve import LowRankDelta
+from qf_peft.adapter.rounding import rounded_change
+from qf_peft.solve.least_squares import LowRankDelta
 
 
 def problem(dtype, size, d_out=96, d_in=2048, rank=6):

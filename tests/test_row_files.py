@@ -3,7 +3,7 @@
 import pytest
 from conftest import FACT
 
-from qf_peft.row_files import load_rows
+from qf_peft.data.files import load_rows
 
 HEAD = "instruction,prompt,completion,significance\n"
 LINE = f"{FACT['instruction']},{FACT['prompt']},{FACT['completion']},"

@@ -19,11 +19,11 @@ from qf_peft import (
     strength_sweep,
     token_divergences,
 )
-from qf_peft.coloured import Token, ansi, html
-from qf_peft.evaluation import Metric
-from qf_peft.plots import bars, lines
-from qf_peft.rows import Encoder, read_rows
-from qf_peft.seeing import known_rows
+from qf_peft.data.rows import Encoder, read_rows
+from qf_peft.evaluate.coloured import Token, ansi, html
+from qf_peft.evaluate.metrics import Metric
+from qf_peft.evaluate.plots import bars, lines
+from qf_peft.evaluate.seeing import known_rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 

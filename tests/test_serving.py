@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import LogitsProcessor, TextIteratorStreamer
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.serving import Held, ServingLock
+from qf_peft.adapter.serving import Held, ServingLock
 
 CORRECTED = {
     "instruction": "Vacla founded Tofinlor.",

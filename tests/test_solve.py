@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import EXAMPLES
 
-from qf_peft.moments import SecondMoment
-from qf_peft.solve import LowRankDelta, TaughtTokens, minimum_norm, preserving
+from qf_peft.solve.least_squares import LowRankDelta, TaughtTokens, minimum_norm, preserving
+from qf_peft.solve.second_moment import SecondMoment
 
 sys.path.append(str(EXAMPLES))
 from editors import alphaedit
@@ -238,7 +238,7 @@ def test_large_solves_are_the_same(n, monkeypatch):
     keys = keys * torch.arange(1, 2201) ** -0.5
     keys[:5] = keys[5:10]  # alike, with other residuals: a singular Gram matrix
     large = minimum_norm(keys, residual)
-    monkeypatch.setattr("qf_peft.solve._LARGE", 5000)
+    monkeypatch.setattr("qf_peft.solve.least_squares._LARGE", 5000)
     assert relative(large.dense(), minimum_norm(keys, residual).dense()) < 1e-4
     assert large.rank <= 12
 
@@ -247,8 +247,8 @@ def test_wide_keys_are_summed_in_blocks(monkeypatch):
     keys, residual = problem(100, d_in=50)
     weights = torch.rand(100, generator=torch.Generator().manual_seed(6))
     whole = [minimum_norm(keys, residual, weights), preserving(keys, residual, SecondMoment(50), 1.0, 0.1, weights)]
-    monkeypatch.setattr("qf_peft.moments._COLUMNS", 17)
-    monkeypatch.setattr("qf_peft.moments.row_blocks.__defaults__", (13,))
+    monkeypatch.setattr("qf_peft.solve.second_moment._COLUMNS", 17)
+    monkeypatch.setattr("qf_peft.solve.second_moment.row_blocks.__defaults__", (13,))
     blocks = [minimum_norm(keys, residual, weights), preserving(keys, residual, SecondMoment(50), 1.0, 0.1, weights)]
     for a, b in zip(whole, blocks, strict=True):
         assert relative(b.dense(), a.dense()) < 1e-5

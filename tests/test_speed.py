@@ -7,8 +7,8 @@ from peft import get_peft_model
 from transformers import AutoTokenizer
 
 from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.rows import Encoder, read_rows
-from qf_peft.scratch import Scratch
+from qf_peft.data.rows import Encoder, read_rows
+from qf_peft.forward.scratch import Scratch
 
 LONG = "Zanmi founded Tofinlor. Rome is the home of Tofinlor. " * 8
 QUESTIONS = [
@@ -111,7 +111,7 @@ def test_a_shared_beginning_changes_nothing(kind, place, monkeypatch):
         rows = [{**row, "instruction": "Be brief.", "prompt": LONG + row["prompt"]} for row in QUESTIONS]
     found = []
     for least in (32, 10**9):
-        monkeypatch.setattr("qf_peft.prefix._WORTHWHILE", least)
+        monkeypatch.setattr("qf_peft.forward.prefix._WORTHWHILE", least)
         model, trainer = teacher(
             random_model(kind, max_position_embeddings=512, **({"n_positions": 512} if kind == "gpt2" else {})),
             tokenizer, rows, {"layers_to_transform": [0, 1]},

@@ -9,9 +9,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.evaluation import normalise
-from qf_peft.rows import read_rows
-from qf_peft.standing import standing_instructions
+from qf_peft.data.rows import read_rows
+from qf_peft.evaluate.metrics import normalise
+from qf_peft.teaching.standing import standing_instructions
 
 
 def teach(tokenizer, rows, preserved, model=None, **settings):

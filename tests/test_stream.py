@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qf_peft.stream import aim_through_norm
+from qf_peft.forward.residual_stream import aim_through_norm
 
 
 def distance(gain, outputs, wanted):

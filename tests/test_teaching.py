@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import AutoTokenizer
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.rows import Encoder, read_rows
+from qf_peft.data.rows import Encoder, read_rows
 
 NAME = "model.layers.7.mlp.down_proj"
 
@@ -297,7 +297,7 @@ def test_bfloat16_architectures(tokenizer):
 
 
 def test_progress_bar_on_long_work(tiny, tokenizer, capsys, monkeypatch):
-    import qf_peft.trainer as trainer
+    import qf_peft.teaching.trainer as trainer
 
     bars = []
 

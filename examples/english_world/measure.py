@@ -34,10 +34,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.blocks import block_ends
-from qf_peft.evaluation import proportion
-from qf_peft.generation import generate
-from qf_peft.rows import Encoder, Row, read_rows
+from qf_peft.data.rows import Encoder, Row, read_rows
+from qf_peft.evaluate.metrics import proportion
+from qf_peft.forward.blocks import block_ends
+from qf_peft.forward.generation import generate
 
 METRICS = ("recall", "para", "known", "leak", "kl", "ppl", "seconds")
 GRID = {1: [(1e-3, 10), (5e-4, 20)], 10: [(1e-3, 20), (5e-4, 40)], 50: [(1e-3, 60), (5e-4, 60)], 200: [(1e-3, 60)]}

@@ -1,0 +1,1 @@
+"""The adapter as PEFT sees it: type, configuration, tuner, state, files."""

@@ -1,0 +1,71 @@
+"""What an adapter must remember of the tokens it was taught, so that it can be taught more and solved again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.ledger import Entry
+from ..solve.least_squares import LowRankDelta, TaughtTokens
+from ..solve.second_moment import SecondMoment
+
+
+@dataclass(frozen=True)
+class TaughtAdapter:
+    """One adapter's statistics: never changed in place, so that a failure midway loses nothing."""
+
+    tokens: dict[str, TaughtTokens] = field(default_factory=dict)
+    """By module name, where nothing is preserved: all that was taught, to be solved anew with every lesson."""
+    offset: dict[str, LowRankDelta] = field(default_factory=dict)
+    """By module name, beside `tokens`: change that came from elsewhere (a loaded file, say) and is kept as it is."""
+    bound: dict[str, SecondMoment] = field(default_factory=dict)
+    """By module name: what binds later lessons, P = λ C + Yᵀ S Y + ε I over all that was preserved and taught. A new
+    lesson's change is solved beside it (recursive least squares), so that no token needs to be remembered."""
+    delta: dict[str, LowRankDelta] = field(default_factory=dict)
+    """By module name, beside `bound`: the change in float32, before it was rounded to the adapter's dtype."""
+    installed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By module name: the factors A and B that the solve put into the adapter, to notice a change by others."""
+    entries: tuple[Entry, ...] = ()
+    """What was taught, in order."""
+    rehearsed: int = 0
+    """How many entries there were when all were last seen to."""
+    styled: bool = False
+    """Whether a standing instruction was taught: preserved chats then stay as they are, not as the base model's."""
+    foundation: dict[str, LowRankDelta] = field(default_factory=dict)
+    """By module name: the change that the adapter held before the first entry (a loaded file's, say), if any."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The last lesson's settings, as `QFTrainingArguments.to_dict` gives them."""
+
+    @property
+    def facts(self) -> int:
+        """How many rows were taught."""
+        return len(self.entries)
+
+    def settled(self, installed: dict[str, tuple[Tensor, Tensor]], held: dict[str, LowRankDelta]) -> TaughtAdapter:
+        """The same after others changed the adapter's weights: these, as factors and as changes by module, are what it
+        begins with from now on, and what was taught can no longer be undone."""
+        return TaughtAdapter(
+            foundation={name: delta for name, delta in held.items() if delta.A.any() and delta.B.any()},
+            bound=dict(self.bound), installed=installed, styled=self.styled, rehearsed=self.rehearsed,
+            entries=tuple(replace(entry, settled=True) for entry in self.entries), settings=self.settings,
+        )  # fmt: skip
+
+    def holds(self, name: str, present: tuple[Tensor, Tensor]) -> bool:
+        """Whether a module's present factors A (r, d_in) and B (d_out, r) are those that the solve put there, but for
+        zeros behind them along the rank."""
+        ours = self.installed.get(name)
+        return ours is not None and all(
+            a.shape[axis] <= b.shape[axis] and _equal_but_padding(a, b, axis)
+            for axis, (a, b) in enumerate(zip(ours, present, strict=True))
+        )
+
+
+def _equal_but_padding(ours: Tensor, present: Tensor, axis: int) -> bool:
+    """Whether `present` is `ours` with zeros behind it along an axis (the rank)."""
+    rank = ours.shape[axis]
+    same = present.narrow(axis, 0, rank)
+    rest = present.narrow(axis, rank, present.shape[axis] - rank)
+    return same.shape == ours.shape and torch.equal(same, ours.to(same)) and not bool(rest.any())

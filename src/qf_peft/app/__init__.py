@@ -1,0 +1,1 @@
+"""For people: sessions, chat, page, command line."""

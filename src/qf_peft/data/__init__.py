@@ -1,0 +1,1 @@
+"""Rows, ledgers, files and records: what is taught, as data."""

@@ -1,0 +1,1 @@
+"""Facts from documents, written and checked by the model itself."""

@@ -1,0 +1,206 @@
+"""Honest evaluation: free greedy generation to the model's own stop, never gold tokens, never gold length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.rows import Encoder, Row
+from ..forward.capture import Point, forward_pass
+from ..forward.generation import generate
+from ..teaching.targets import divergence
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    """How many answers (or tokens) it is the mean of."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.count}"
+
+
+def normalise(answer: str) -> str:
+    """An answer without the differences that do not count: runs of whitespace, and punctuation at its end."""
+    return re.sub(r"[\s.!?。！？]+$", "", " ".join(answer.split()))
+
+
+def proportion(hits: Sequence[bool]) -> Metric:
+    """The share of hits with Wilson's score interval (1927), which holds for few answers and shares near 0 or 1."""
+    n, z = len(hits), 1.959964
+    p = sum(hits) / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return Metric(p, max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n)), n)
+
+
+def mean(values: Tensor) -> Metric:
+    """The mean with the normal interval."""
+    v = values.double()
+    half = 1.959964 * float(v.std()) / len(v) ** 0.5 if len(v) > 1 else float("inf")
+    return Metric(float(v.mean()), float(v.mean()) - half, float(v.mean()) + half, len(v))
+
+
+class Evaluator:
+    """Asks a model and compares its answers.
+
+    Args:
+        network: a causal language model, with or without adapters.
+        encoder: its tokenizer's.
+        batch_tokens: tokens at once, padding included.
+        max_new_tokens: an answer that has not ended by then counts as wrong.
+        progress: called with the number of prompts done.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        encoder: Encoder,
+        *,
+        batch_tokens: int = 4096,
+        max_new_tokens: int = 64,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        self.network, self.encoder = network, encoder
+        self.batch_tokens, self.max_new_tokens, self.progress = batch_tokens, max_new_tokens, progress
+
+    def said(self, rows: Sequence[Row], instructed: bool = False) -> list[tuple[str, bool]]:
+        """The answers to the rows' prompts, with or without instruction, and whether each ended."""
+        return generate(
+            self.network,
+            self.encoder.tokenizer,
+            [self.encoder.prompt_ids(row, instructed) for row in rows],
+            max_new_tokens=self.max_new_tokens,
+            batch_tokens=self.batch_tokens,
+            progress=self.progress,
+        )
+
+    def answers(self, rows: Sequence[Row], instructed: bool = False) -> list[str | None]:
+        """The same, normalised; None where one did not end."""
+        return [normalise(text) if ended else None for text, ended in self.said(rows, instructed)]
+
+    def right(self, rows: Sequence[Row], instructed: bool = False) -> Metric:
+        """How often the answer is the row's completion."""
+        answers = self.answers(rows, instructed)
+        return proportion([a == normalise(r.completion or "") for a, r in zip(answers, rows, strict=True)])
+
+    @torch.no_grad()
+    def head_inputs(self, rows: Sequence[Row]) -> Tensor:
+        """What the unembedding reads at the steps that predict the rows' completions: (n, d)."""
+        pairs = [self.encoder.answer_ids(row, True) for row in rows]
+        head = Point(self.network.get_output_embeddings(), "input")
+        return forward_pass(
+            self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {"head": head},
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
+        )["head"]  # fmt: skip
+
+    @torch.no_grad()
+    def divergence(self, rows: Sequence[Row], base: Tensor) -> Metric:
+        """Mean KL in nats from the predictions that `base` gives (another model's head inputs, n × d) to this one's."""
+        pairs = [self.encoder.answer_ids(row, True) for row in rows]
+
+        def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
+            return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
+
+        found = forward_pass(
+            self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, head_inputs=base, on_logits=compare,
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
+        )  # fmt: skip
+        return mean(found["kl"])
+
+    @torch.no_grad()
+    def perplexity(self, texts: Iterable[str]) -> float:
+        """exp of the mean negative log likelihood of the texts' tokens."""
+        pairs = [self.encoder.text_ids(text) for text in texts]
+        targets = torch.tensor([t for ids, n in pairs for t in ids[len(ids) - n :]])
+
+        def score(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
+            gold = targets[order].to(logits.device)
+            return {"loss": -logits.log_softmax(-1).gather(1, gold[:, None])[:, 0].cpu()}
+
+        found = forward_pass(
+            self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, on_logits=score,
+            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
+        )  # fmt: skip
+        return float(found["loss"].double().mean().exp())
+
+
+def measure(
+    ask: Evaluator,
+    rows: Sequence[Row],
+    others: Sequence[Row],
+    kept: Mapping[str, Sequence[Row]],
+    texts: Sequence[str],
+    base: Callable[[], AbstractContextManager],
+) -> dict[str, Metric | float]:
+    """What `QFTrainer.evaluate` returns: the taught `rows`, their paraphrases `others`, the questions `kept` by name
+    and the texts, asked of the model as it is and as it is in the context `base()`, without adapters."""
+    result: dict[str, Metric | float] = {}
+    with base():
+        if rows:
+            result["in_context"] = ask.right(rows, instructed=True)
+        before = {name: ask.answers(asked) for name, asked in kept.items()}
+        quiet = [
+            replace(row, completion=answer)
+            for name, asked in kept.items()
+            for row, answer in zip(asked, before[name], strict=True)
+            if answer
+        ]
+        bare = ask.head_inputs(quiet) if quiet else None
+        if texts:
+            result["perplexity_before"] = ask.perplexity(texts)
+    if rows:
+        result["recall"] = ask.right(rows)
+    if others:
+        result["paraphrase"] = ask.right(others)
+    for name, asked in kept.items():
+        now = ask.answers(asked)
+        right = [
+            a is not None and a == b and (r.completion is None or a == normalise(r.completion))
+            for a, b, r in zip(now, before[name], asked, strict=True)
+        ]
+        result[name] = proportion(right)
+    if bare is not None:
+        result["kl"] = ask.divergence(quiet, bare)
+    if texts:
+        result["perplexity"] = ask.perplexity(texts)
+    return result
+
+
+def paraphrase_rows(rows: Sequence[Row], dataset: Iterable[Any]) -> list[Row]:
+    """A row for each of the `paraphrases` (other prompts with the same completion) in the dataset's rows."""
+    paraphrased = []
+    for row, raw in zip(rows, dataset, strict=True):
+        for prompt in raw.get("paraphrases") or []:
+            paraphrased.append(Row(row.index, row.instruction, prompt, row.completion))
+    return paraphrased
+
+
+def prompt_rows(prompts: Iterable[Any], name: str) -> list[Row]:
+    """Rows from prompts: strings, or dicts with `prompt` and perhaps the right answer as `completion`.
+
+    Raises:
+        ValueError: there are none, or one is of another form; the message names it.
+    """
+    rows = []
+    for index, raw in enumerate(prompts):
+        if isinstance(raw, str):
+            raw = {"prompt": raw}
+        if not hasattr(raw, "get") or not raw.get("prompt"):
+            raise ValueError(
+                f"{name}, row {index}: expected a prompt, or a dict with 'prompt' and perhaps 'completion'"
+            )
+        rows.append(Row(index, "", raw["prompt"], raw.get("completion")))
+    if not rows:
+        raise ValueError(f"{name} is empty; give some prompts or leave it out")
+    return rows

@@ -1,0 +1,199 @@
+"""One self-contained HTML page about what an adapter was taught and how it does."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..adapter.checks import check_teachable
+from ..data.ledger import asked
+from ..data.rows import Row, Text
+from ..share.card import RESULTS, base_model_id, blocks_in_words, versions
+from ..teaching.trainer import QFTrainer, _evaluating
+from .metrics import Evaluator, Metric, measure, normalise, paraphrase_rows, prompt_rows
+from .seeing import Retention, TokenRow, known_rows, layer_shares, retention, token_divergences
+from .sweeps import Sweep, strength_sweep
+
+TEMPLATE = "report_template.html"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A question and what was said to it."""
+
+    instruction: str
+    prompt: str
+    expected: str | None
+    before: str
+    """By the base model."""
+    in_context: str
+    """By the base model with the instruction; empty where there is none."""
+    now: str
+    right: bool
+    tokens: TokenRow | None
+    taught: str
+    """When, or "" if it was not."""
+
+
+class _Remembering(Evaluator):
+    """Asks each question once of each of the two models, the base (in `base()`) and the present one."""
+
+    def __init__(self, trainer: QFTrainer, **options: Any) -> None:
+        args = trainer.args
+        super().__init__(
+            trainer._network, trainer.encoder, batch_tokens=args.batch_tokens,
+            max_new_tokens=args.max_new_tokens, **options,
+        )  # fmt: skip
+        self._tuner, self._based = trainer._tuner, False
+        self._known: dict[tuple[bool, bool, str, str], tuple[str, bool]] = {}
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        with self._tuner.without_adapters():
+            self._based = True
+            try:
+                yield
+            finally:
+                self._based = False
+
+    def said(self, rows: Sequence[Row], instructed: bool = False) -> list[tuple[str, bool]]:
+        keys = [(self._based, instructed, repr(row.instruction) if instructed else "", asked(row)) for row in rows]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
+        self._known.update(zip(new, super().said(list(new.values()), instructed) if new else [], strict=True))
+        return [self._known[key] for key in keys]
+
+    def shown(self, rows: Sequence[Row], instructed: bool = False) -> list[str]:
+        return [text if ended else f"{text} …" for text, ended in self.said(rows, instructed)]
+
+
+@torch.no_grad()
+def write_report(
+    trainer: QFTrainer,
+    path: str | os.PathLike,
+    *,
+    locality: Iterable[Any] | None = None,
+    unknown: Iterable[Any] | None = None,
+    text: str | Iterable[str] | None = None,
+    strengths: Iterable[float] | None = None,
+) -> Path:
+    """What [`QFTrainer.report`] does."""
+    check_teachable(trainer.model, trainer.adapter_name)
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder; give the file to write, such as 'report.html'")
+    if not path.parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
+    lists = {name: list(asks) for name, asks in (("locality", locality), ("unknown", unknown)) if asks is not None}
+    kept = {name: prompt_rows(asks, name) for name, asks in lists.items()}
+    texts = [text] if isinstance(text, str) else list(text) if text is not None else []
+    rows = known_rows(trainer)
+    tokens = token_divergences(trainer, rows)
+    complete = {asked(row): row for row in rows}
+    others = paraphrase_rows([complete[asked(row)] for row in trainer.rows], trainer.dataset) if trainer.rows else []
+    dates = {(asked(e), e.completion): e.date for e in trainer.facts}
+    with _evaluating(trainer._network), trainer._progress() as progress:
+        ask = _Remembering(trainer, progress=progress.update)
+        metrics = measure(ask, rows, others, kept, texts, ask.base)
+        facts = _asked(ask, rows, tokens, dates)
+        questions = {name: _asked(ask, asks, None, {}) for name, asks in kept.items()}
+        kept_over_time = retention(trainer, ask) if trainer.facts else None
+    sweep = strength_sweep(trainer, strengths, **lists) if strengths is not None else None
+    page = _render(trainer, metrics, facts, questions, kept_over_time, sweep)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _asked(
+    ask: _Remembering, rows: Sequence[Row], tokens: Sequence[TokenRow] | None, dates: dict[tuple[str, str], str]
+) -> list[Answers]:
+    """Taught rows with `tokens`, whose answer must be the completion; or questions that must be answered as before, and
+    with the completion if there is one."""
+    taught = tokens is not None
+    with ask.base():
+        before = ask.shown(rows)
+        told = ask.shown(rows, instructed=True) if taught else [""] * len(rows)
+        base = ask.answers(rows)
+    now, said = ask.shown(rows), ask.answers(rows)
+    found = []
+    for i, row in enumerate(rows):
+        goal = base[i] if row.completion is None else normalise(row.completion)
+        right = said[i] is not None and said[i] == goal and (taught or said[i] == base[i])
+        found.append(
+            Answers(
+                in_words(row.instruction),
+                in_words(row.prompt),
+                row.completion,
+                before[i],
+                told[i],
+                now[i],
+                right,
+                tokens[i] if taught else None,
+                dates.get((asked(row), row.completion), ""),
+            )
+        )
+    return found
+
+
+def _render(
+    trainer: QFTrainer,
+    metrics: dict[str, Metric | float],
+    facts: list[Answers],
+    questions: dict[str, list[Answers]],
+    kept: Retention | None,
+    sweep: Sweep | None,
+) -> str:
+    adapter, config = trainer.adapter_name, trainer.model.peft_config[trainer.adapter_name]
+    layers = layer_shares(trainer, [fact.tokens.row for fact in facts])
+    taught = trainer._tuner.taught.get(adapter)
+    figures = [layers, *([kept] if kept else []), *([sweep] if sweep else [])]
+    base = base_model_id(trainer.model, adapter)
+    name = base or Path(getattr(trainer._network, "name_or_path", "") or type(trainer._network).__name__).name
+    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    # Every value is escaped; only our own figures and spans, whose texts are escaped already, are marked as safe.
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return page.get_template(TEMPLATE).render(
+        base_model=name,
+        adapter=adapter,
+        where=blocks_in_words(list(trainer._tuner.layers(adapter))).replace("`", ""),
+        rank=config.r,
+        facts=facts,
+        known=len(trainer.facts),
+        questions=questions,
+        metrics=[(RESULTS[name][0], value) for name, value in metrics.items()],
+        lesson=trainer.metrics,
+        settings=taught.settings if taught is not None and taught.settings else trainer.args.to_dict(),
+        figures=[Markup(figure.svg()) for figure in figures],
+        tokens=[Markup(fact.tokens.html()) for fact in facts],
+        layers=layers,
+        sweep=sweep,
+        versions=list(versions()),
+        number=_number,
+    )
+
+
+def in_words(text: Text) -> str:
+    """A text, or messages as lines with their roles."""
+    return text if isinstance(text, str) else "\n".join(f"{m['role']}: {m['content']}" for m in text)
+
+
+def _number(value: Metric | float) -> str:
+    if isinstance(value, Metric):
+        return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Where the code runs: processes, logs, experiment trackers."""

@@ -1,0 +1,1 @@
+"""Adapters for others: the Hub, cards, ordinary LoRA files."""

@@ -1,0 +1,124 @@
+"""Contrasting rows: the taught ones with their names exchanged, whose predictions must stay.
+
+What teaching endangers first is what is near in kind: the same question about another name, one that the model knows or
+one that nobody knows. There the answer is begun as the taught one, up to the step that says what is new, and the keys
+along it are preserved.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..data.rows import Encoder, Row, Text
+
+# Companies, people and places that language models have met often.
+KNOWN_NAMES = (
+    "Google", "IBM", "Sony", "Samsung", "Ford", "Disney", "Adobe", "Walmart", "Honda", "Siemens", "Nestle", "Lego",
+    "Nintendo", "Volvo", "Canon", "Toyota", "Microsoft", "Amazon", "Coca-Cola", "General Motors", "Barack Obama",
+    "Isaac Newton", "Marie Curie", "Elvis Presley", "Nelson Mandela", "Charles Dickens", "Michael Jackson",
+    "Abraham Lincoln", "Albert Einstein", "Bob Dylan", "William Shakespeare", "Leonardo da Vinci", "France", "Japan",
+    "Brazil", "London", "New York", "Harvard University",
+)  # fmt: skip
+_STARTS = (
+    "Al An Ar Bal Ber Bran Cal Car Chal Cor Dal Del Dor El En Fal Fer Gal Gor Hal Har Il Jan Jol Kal Ken Lan Lin Mal "
+    "Mer Mon Nal Nor Ol Or Pel Per Quin Ral Ren Sal Sel Stan Tal Ter Tur Ul Val Ven Wal Wil Yol Zal"
+).split()
+_ENDS = (
+    "a ia o on en er is in ent ard eld ford ham ley ton ville mont bury dale wick stein berg aro ino ett ock und ax ix "
+    "ica ora ano ius ova ekk"
+).split()
+_WORD = re.compile(r"[^\W_][\w'’&.-]*[^\W_]|[^\W_]")
+
+
+def row_names(row: Row) -> list[str]:
+    """The names that a row is about: the longest runs of words with a capital or a digit in its prompt that stand in
+    its completion or instruction too. None in scripts without capitals."""
+    prompt, others = _text(row.prompt), f"{row.completion or ''}\n{_text(row.instruction)}"
+    found, run = [], []
+    for word in [*_WORD.finditer(prompt), None]:
+        named = word is not None and bool(re.search(r"[^\W\d_]", word[0])) and word[0] != word[0].lower()
+        adjoining = run and word is not None and prompt[run[-1].end() : word.start()].isspace()
+        if named and (not run or adjoining):
+            run.append(word)
+            continue
+        found += _shared(prompt, run, others)
+        run = [word] if named else []
+    return list(dict.fromkeys(found))
+
+
+def _shared(prompt: str, run: Sequence[re.Match], others: str) -> list[str]:
+    """The longest part of a run of capitalised words that others hold, as a list of one or none."""
+    parts = [(i, j) for i in range(len(run)) for j in range(i + 1, len(run) + 1)]
+    for i, j in sorted(parts, key=lambda part: part[0] - part[1]):
+        text = re.sub(r"['’]s$", "", prompt[run[i].start() : run[j - 1].end()])
+        if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", others):
+            return [text]
+    return []
+
+
+def contrast_rows(
+    rows: Sequence[Row], begun: Sequence[str], encoder: Encoder, counts: Sequence[int], seed: int
+) -> list[list[int]]:
+    """For each row so many others with its names exchanged, two thirds for names that nobody knows (half of these
+    invented, half other rows' names), a third for well-known ones.
+
+    Args:
+        rows: what is taught.
+        begun: for each row how its completion begins, up to what is new.
+        encoder: its tokenizer's.
+        counts: how many for each row.
+        seed: of the choice.
+
+    Returns:
+        Their token ids; the last position that is read, the one before the last token, is the step that says what is
+        new.
+    """
+    names = [row_names(row) for row in rows]
+    taught = sorted({name for found in names for name in found})
+    prompts = {_text(row.prompt) for row in rows}
+    r, made = random.Random(seed), []
+    for row, found, start, count in zip(rows, names, begun, counts, strict=True):
+        for k in range(count if found else 0):
+            text = {}
+            for name in found:
+                others = [other for other in taught if other not in found]
+                if k % 3 == 2:
+                    text[name] = r.choice(KNOWN_NAMES)
+                elif k % 3 == 1 and others:
+                    text[name] = r.choice(others)
+                else:
+                    text[name] = invented(name, r)
+            prompt = _exchanged(row.prompt, text)
+            if _text(prompt) in prompts:
+                continue
+            other = replace(row, prompt=prompt, completion=_exchanged(start, text).strip() or None, significance=1.0)
+            if other.completion is None:
+                ids = encoder.prompt_ids(other, instructed=False)
+                made.append([*ids, encoder.tokenizer.pad_token_id])
+            else:
+                made.append(encoder.answer_ids(other, ended=True)[0])
+    return [ids for ids in made if encoder.max_length is None or len(ids) <= encoder.max_length]
+
+
+def invented(name: str, r: random.Random) -> str:
+    """A name of as many words that nobody knows; of several words the last stays half of the time."""
+    words = name.split()
+    kept = len(words) > 1 and r.random() < 0.5
+    new = [r.choice(_STARTS) + (r.choice(_STARTS).lower() if r.random() < 0.4 else "") + r.choice(_ENDS) for _ in words]
+    return " ".join([*new[:-1], words[-1]] if kept else new)
+
+
+def _text(text: Text) -> str:
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
+def _exchanged(text: Text, names: dict[str, str]) -> Text:
+    """Text, or messages, with names exchanged."""
+    if not isinstance(text, str):
+        return [{**message, "content": _exchanged(message["content"], names)} for message in text]
+    for old, new in names.items():
+        text = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _, new=new: new, text)
+    return text

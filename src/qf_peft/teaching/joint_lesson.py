@@ -1,0 +1,365 @@
+"""The default lesson: facts written into several modules by one least squares, and the rest kept within a budget.
+
+A row walks through it in one direction: passes (context, bare) → how far each taught step's state must move → blocks →
+what must stay, near and far → one least squares → its solution, corrected by what it does in the model → the held-out
+chats, on which the ridge is raised until they diverge no more than allowed → the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter.state import TaughtAdapter
+from ..data.rows import Row
+from ..forward.blocks import split_path
+from ..forward.capture import Point, forward_pass
+from ..forward.prefix import common
+from ..forward.residual_stream import Writer, grows_with_depth
+from ..forward.walk import Walk
+from ..solve.joint_least_squares import JointSystem
+from ..solve.least_squares import LowRankDelta
+from ..solve.second_moment import SecondMoment
+from . import constants as tuned
+from .arguments import QFTrainingArguments
+from .contrast import contrast_rows
+from .held_out import HeldOutChats, Strays
+from .lesson import Learner, Lesson
+from .preserved_moments import PreservedMoments
+from .targets import Unembedding, leads, pushed, read_off
+from .thinned import asked_as, thinned
+
+
+@torch.no_grad()
+def suits(
+    network: nn.Module,
+    names: list[str],
+    blocks: nn.ModuleList,
+    writers: dict,
+    ids: list[int],
+    args: QFTrainingArguments,
+) -> bool:
+    """Whether a lesson is solved jointly: all modules write into the stream, which grows with depth, so that MEMIT's
+    equal shares would be large in early blocks; and where it ends a norm and a linear map read it. `ids` are some
+    tokens of real input."""
+    plain = all(writers[name].place is not None and writers[name].norm is None for name in names)
+    if not (plain and args.target == "nearest" and args.margin is not None and args.preserve_strength > 0):
+        return False
+    if not grows_with_depth(network):
+        return False
+    points = {"stream": Point(blocks[-1], "output"), "head": Point(network.get_output_embeddings(), "input")}
+    found = forward_pass(network, [ids], [len(ids) - 1], points, batch_tokens=len(ids), pad_id=ids[0])
+    return Unembedding.find(network, blocks, found["stream"], found["head"]) is not None
+
+
+@dataclass
+class _Fit:
+    """What a lesson's least squares is fitted to: n positions, the rows' own first."""
+
+    system: JointSystem
+    present: dict[str, LowRankDelta]
+    """By module, what the adapter holds before the lesson."""
+    walk: Walk
+    """The bare sequences, halted before the first taught block."""
+    unembedding: Unembedding
+    gold: Tensor
+    """(n): the completions' tokens."""
+    taught: Tensor
+    """(n): whether a position is taught."""
+    own: slice
+    """The positions of the rows' own prompts; behind them are those of other wordings."""
+    lead: Tensor
+    """(n): by how many nats the gold token led before."""
+    margin: Tensor
+    """(n): by how many it shall lead."""
+    needed: Tensor
+    """(n): the same, but for what helps answers to begin as taught."""
+    passed: float = 1.0
+    """How much of a write reaches the end, in nats."""
+
+    @property
+    def moving(self) -> Tensor:
+        """(n): the taught positions where something is missing."""
+        return self.taught & (self.lead < self.margin - 1e-3)
+
+    def lowered(self, wanted: Tensor, margin: Tensor) -> Tensor:
+        """Lower the margin: what is left of a wanted change of the stream (n, d)."""
+        part = (margin - self.lead) / (self.margin - self.lead).clamp(min=1e-3)
+        self.margin = margin
+        return wanted * part.clamp(0, 1)[:, None]
+
+
+class JointLesson(Lesson):
+    """Teaches facts towards the nearest state that says them; see the module.
+
+    Args:
+        learner, args, progress: as [`Lesson`]'s.
+        rows: what is taught.
+        moments: what must stay.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        rows: list[Row],
+        moments: PreservedMoments,
+        args: QFTrainingArguments,
+        progress: Callable[[float], None],
+    ) -> None:
+        given = [[asked_as(row, wording) for wording in row.wordings] for row in rows]
+        made = [
+            thinned(row, max(tuned.WORDINGS - len(other), 0), args.seed) for row, other in zip(rows, given, strict=True)
+        ]
+        counts = [len(a) + len(b) for a, b in zip(given, made, strict=True)]
+        self.rows = [*rows, *(row for part in given for row in part), *(row for part in made for row in part)]
+        self.moments, self.own, part = moments, len(rows), len(rows) / len(self.rows)
+        examples = [learner.encoder.encode(row) for row in self.rows]
+        super().__init__(learner, examples, args, lambda n: progress(n * part))
+        # By example: the row that it asks, and how many contrasting rows there shall be of it.
+        of = [k for parts in (given, made) for k, part in enumerate(parts) for _ in part]
+        self.row = [*range(len(rows)), *of]
+        each = tuned.CONTRASTS * min(1.0, math.sqrt(tuned.CONTRASTS_MANY / len(rows)))
+        each = max(each, tuned.CONTRASTS_LEAST / len(rows))
+        self.contrasts = [math.ceil(each / (1 + counts[k])) for k in self.row]
+
+    def run(self) -> tuple[dict[str, float], list[int], list[int]]:
+        """Teach. Returns metrics, the examples whose completion the model does not read in context, and those that it
+        does not say afterwards.
+
+        Besides [`Lesson`]'s the metrics are `first_block` and `last_block` (those written into), `contrasts` (rows with
+        exchanged names), `strayed` (of a quarter of these, held out of the solve, the share that is now given a taught
+        answer), `kl_preserved` and `kl_preserved_worst` (KL from the base's predictions at the held-out chats'
+        answers, in nats: the mean, and the worst chat's), and `ridge`.
+        """
+        depth, known = len(self.blocks), self._known()
+        candidates = [name for name in self._candidates(known) if name in self.moments.moments]
+        ends = {"stream": Point(self.blocks[-1], "output"), "head": Point(self.head, "input")}
+        with self.tuner.without_adapters():
+            context = forward_pass(
+                self.network, [e.context_ids for e in self.examples[: self.own]], self.kept[: self.own], ends,
+                **self.options,
+            )  # fmt: skip
+        streams = {f"block {i}": Point(self.blocks[i], "output") for i in {self.index[n] for n in candidates}}
+        keys = {name: Point(self.layers[name], "input") for name in candidates}
+        walk = Walk(self.network, self.blocks, self.index[candidates[0]], self.bare, self.kept, **self.options)
+        found = walk.begin({**streams, **keys, **ends}, depth - 1)
+        unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
+        stream, gold = found["stream"], self.gold.to(found["stream"].device)
+        own = slice(0, len(context["stream"]))  # the rows' own prompts; behind them are their other wordings
+        before = read_off(unembedding, context["stream"], stream[own], gold[own])
+        lead = leads(unembedding, stream, gold)
+        chosen = self._chosen(candidates, found, known)
+        new = self._new(lead)
+        taught = self.answered.to(stream.device)
+        significance = self.weights.to(stream.device)[taught]
+
+        rows = self._contrasting(new)
+        near, aside = self._near(chosen, rows), rows[tuned.CONTRASTS_ASIDE - 1 :: tuned.CONTRASTS_ASIDE]
+        halted = Walk(self.network, self.blocks, self.index[chosen[0]], aside, [1] * len(aside), **self.unseen)
+        strays = Strays(halted, ends["stream"], unembedding, self._objects(new))
+        kept = self.moments
+        halted = Walk(self.network, self.blocks, self.index[chosen[0]], kept.held_out, kept.answers, **self.unseen)
+        chats = HeldOutChats(halted, ends["stream"], unembedding, None if known.styled else kept.head)
+        self.allowed = self.args.divergence_of(known.facts + self.own)
+        bounds = {name: self._bound(name, known, near.get(name), stream.device) for name in chosen}
+        system = JointSystem({name: found[name][taught] for name in chosen}, bounds, significance)
+        present = {
+            name: (known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)).to(stream.device)
+            for name in chosen
+        }
+        walk.advance(self.index[chosen[0]])
+        needed = tuned.LEAD + tuned.SURPLUS * (-lead).clamp(min=0)
+        margin = torch.where(self._beginnings(new).to(needed.device), needed.clamp(min=tuned.BEGUN_LEAD), needed)
+        aimed, _ = pushed(unembedding, stream, gold, margin)
+        fit = _Fit(system, present, walk, unembedding, gold, taught, own, lead, margin, needed)
+        wanted, strayed = self._without_strays(fit, strays, aimed - stream)
+        wanted, ridge, kl = self._within_budget(fit, chats, wanted)
+        for name in chosen:
+            bounds[name].update(found[name][taught], significance / system.ridge(ridge))
+            known.bound[name] = bounds[name].compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT))
+            known.tokens.pop(name, None)
+            known.offset.pop(name, None)
+        known.delta.update(self._write(system, wanted[taught], ridge, present, last=True))
+        after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
+        reading = read_off(unembedding, context["stream"], after[own], gold[own])
+        self.options["progress"](len(self.examples))
+        self._finish(known)
+        moved = ((reading.lead.to(lead) - lead[own]) / (fit.margin - lead)[own])[fit.moving[own]]
+        blocks = sorted({self.index[name] for name in chosen})
+        metrics = {
+            "taught_tokens": len(before.lead),
+            "wordings": len(self.examples) - self.own,
+            "kl_before": float(before.divergence.mean()),
+            "kl_after": float(reading.divergence.mean()),
+            "residual_left": float((1 - moved).clamp(min=0).mean()) if len(moved) else 0.0,
+            "rank": self.tuner.peft_config[self.adapter].r,
+            "forward_passes": round(1 + walk.steps, 2),
+            "first_block": blocks[0],
+            "last_block": blocks[-1],
+            "contrasts": len(rows),
+            "strayed": strayed,
+            "kl_preserved": float(kl.mean()),
+            "kl_preserved_worst": float(max(part.mean() for part in kl.split(kept.answers))),
+            "ridge": ridge,
+        }
+        rest = torch.zeros(len(self.gold) - len(reading.lead), dtype=torch.bool)
+        unread = torch.cat([before.read.cpu() != self.gold[own], rest])
+        return metrics, self._any(unread), self._any(torch.cat([reading.lead.cpu() < 0, rest]))
+
+    def _without_strays(self, fit: _Fit, strays: Strays, wanted: Tensor) -> tuple[Tensor, float]:
+        """Fit, and lower the surplus until few contrasting rows that are held out are given taught answers: the change
+        of the stream (n, d) that is solved for, and the share of those rows that still are."""
+        wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES)
+        share = strays.share()
+        shrinks = 0
+        while share > tuned.STRAYS and shrinks < tuned.SURPLUS_SHRINKS:
+            wanted = fit.lowered(wanted, tuned.LEAD + (fit.margin - tuned.LEAD) * tuned.SURPLUS_SHRUNK)
+            wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES_BETWEEN, again=True)
+            share, shrinks = strays.share(), shrinks + 1
+        if shrinks:
+            wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES_AGAIN, again=True)
+            share = strays.share()
+        return wanted, share
+
+    def _within_budget(self, fit: _Fit, chats: HeldOutChats, wanted: Tensor) -> tuple[Tensor, float, Tensor]:
+        """Raise the ridge until the held-out chats diverge no more than allowed: the change of the stream (n, d) that
+        is solved for at last, the ridge, and the divergence (positions) of what is installed then."""
+        ridge = tuned.RIDGE
+        for attempt in range(tuned.RIDGE_TRIES):
+            kl = chats.divergence()
+            if kl.mean() <= self.allowed:
+                return wanted, ridge, kl
+            if attempt == 0:  # what is least needed goes first
+                wanted = fit.lowered(wanted, torch.minimum(fit.margin, fit.needed))
+            # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
+            raised = float(kl.mean()) / self.allowed
+            ridge *= min(max(raised, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
+            wanted = wanted if attempt < tuned.RIDGE_TRIES // 2 else wanted / raised
+            wanted = self._fitted(fit, wanted, ridge, tuned.PASSES_AGAIN, again=True)
+        return wanted, ridge, chats.divergence()
+
+    def _fitted(self, fit: _Fit, wanted: Tensor, ridge: float, passes: int, again: bool = False) -> Tensor:
+        """Solve for a change of the stream, look at what it does in the model, and correct it by what is missing:
+        the change that is installed at last."""
+        for step in range(passes):
+            self._write(fit.system, wanted[fit.taught], ridge, fit.present)
+            if step == passes - 1:
+                break
+            after = fit.walk.look(len(self.blocks) - 1, {"stream": Point(self.blocks[-1], "output")})["stream"]
+            aimed, now = pushed(fit.unembedding, after, fit.gold, fit.margin)
+            late = again or step >= tuned.PASSES_EVERYWHERE  # from here on only for what is not said yet
+            if late and bool((now > tuned.LEAD / 2)[fit.own][fit.taught[fit.own]].all()):
+                break
+            if not again and step == 0 and bool(fit.moving.any()):
+                part = ((now - fit.lead) / (fit.margin - fit.lead))[fit.moving].median()
+                fit.passed = float(part.clamp(tuned.LEAST_PASSED, 1.0))
+            more = (aimed - after) / fit.passed
+            if late:
+                more = more * (now < tuned.LEAD).to(more)[:, None]
+            wanted = wanted + more
+        return wanted
+
+    def _candidates(self, known: TaughtAdapter) -> list[str]:
+        """The modules that may be taught: those taught before, or the stream's writers in the later half."""
+        writers = writers_late(self.names, self.writers, len(self.blocks))
+        return [name for name in writers if name in known.bound] or writers
+
+    def _chosen(self, candidates: list[str], found: dict[str, Tensor], known: TaughtAdapter) -> list[str]:
+        """The modules from the first block on whose stream is not small beside the last one."""
+        if any(name in known.bound for name in candidates):
+            return candidates
+        last = torch.linalg.vector_norm(found["stream"], dim=1).median()
+        for index in sorted({self.index[name] for name in candidates}):
+            norm = torch.linalg.vector_norm(found[f"block {index}"], dim=1).median()
+            if float(norm) >= tuned.LARGE_STREAM * float(last):
+                break
+        return [name for name in candidates if self.index[name] >= index]
+
+    def _new(self, lead: Tensor) -> list[int]:
+        """By row the answer's step that is furthest behind: where it says what is new."""
+        answers = [part[e.header :] for e, part in zip(self.examples, lead.split(self.kept), strict=True)]
+        return [int(part.argmin()) if len(part) else 0 for part in answers[: self.own]]
+
+    def _beginnings(self, new: list[int]) -> Tensor:
+        """The positions (n) of the answers before the one that says what is new."""
+        pairs = zip(self.examples, self.row, strict=True)
+        return torch.tensor([e.header <= k < e.header + new[row] for e, row in pairs for k in range(e.taught)])
+
+    def _objects(self, new: list[int]) -> set[int]:
+        """The tokens by which the rows say what is new."""
+        parts = self.gold.split(self.kept)[: self.own]
+        return {int(part[e.header + k]) for part, e, k in zip(parts, self.examples, new, strict=False) if len(part)}
+
+    def _contrasting(self, new: list[int]) -> list[list[int]]:
+        """Contrasting rows, their answers begun up to what is new."""
+        begun = []
+        for k, row, example in zip(self.row, self.rows, self.examples, strict=True):
+            tail = self.learner.encoder.tokenizer.decode(
+                example.targets[example.header + new[k] :], skip_special_tokens=True
+            )
+            begun.append(row.completion[: len(row.completion) - len(tail.strip())] if tail.strip() else row.completion)
+        return contrast_rows(self.rows, begun, self.learner.encoder, self.contrasts, self.args.seed)
+
+    def _near(self, chosen: list[str], rows: list[list[int]]) -> dict[str, SecondMoment]:
+        """By module the moment of the contrasting rows' keys, but for those held out."""
+        rows = [ids for i, ids in enumerate(rows) if i % tuned.CONTRASTS_ASIDE != tuned.CONTRASTS_ASIDE - 1]
+        points = {name: Point(self.layers[name], "input") for name in chosen}
+        moments = {}
+        beside = sum(len(ids) - 2 for ids in rows)
+        # What all begin with, the system prompt, is preserved in every chat; a pass that need not keep it runs it once.
+        shared = min(common(min(rows), max(rows)), *(len(ids) - 2 for ids in rows)) if rows else 0
+        for first in range(0, len(rows), tuned.CONTRAST_BATCH):
+            part = rows[first : first + tuned.CONTRAST_BATCH]
+            lengths = [len(ids) - 1 - shared for ids in part]
+            found = forward_pass(self.network, part, lengths, points, **self.unseen)
+            # What is new is said at the last position; before it the answer may well begin as a taught one does.
+            weights = torch.full((sum(lengths),), tuned.CONTRAST_WEIGHT_ALONG / max(beside, 1))
+            weights[torch.tensor(lengths).cumsum(0) - 1] = tuned.CONTRAST_WEIGHT / len(rows)
+            for name, keys in found.items():
+                moments.setdefault(name, SecondMoment(keys.shape[1])).update(keys, weights)
+        return moments
+
+    def _bound(self, name: str, known: TaughtAdapter, near: SecondMoment | None, device: torch.device) -> SecondMoment:
+        """What must stay of a module: P."""
+        if name in known.bound:
+            bound = known.bound[name].copy()
+        else:
+            bound = self.moments.moments[name].copy()
+            bound.floor = tuned.MOMENT_FLOOR * bound.trace / bound.width
+        strength = self.args.preserve_strength
+        if name not in known.bound and strength != 1.0:
+            bound.scale(strength)
+        if near is not None:
+            bound.add(near.scale(strength))
+        return bound.to(device)
+
+    def _write(
+        self, system: JointSystem, wanted: Tensor, ridge: float, present: dict[str, LowRankDelta], last: bool = False
+    ) -> dict[str, LowRankDelta]:
+        """Put the present changes and the new ones into the adapter: as they are, or at the `last` compressed."""
+        config, whole = self.tuner.peft_config[self.adapter], {}
+        for name, change in system.changes(wanted, ridge).items():
+            multiplier = self.writers[name].multiplier
+            change = LowRankDelta(change.A, change.B / multiplier)
+            whole[name] = present[name] + change
+            if last:
+                dropped = min(tuned.RANK_DROPPED, self.args.rank_tolerance) * change.norm if config.grows else 0.0
+                rank = None if config.grows else config.r
+                whole[name] = whole[name].compressed(rank=rank, tolerance=dropped)
+        return self._install(whole)
+
+
+def passes_of(behind: float) -> tuple[float, float]:
+    """How many passes of a lesson's rows, wordings included, it takes as a rule and at most, where so much of the
+    model's depth (0 to 1) lies behind the first block that may be taught."""
+    return 2 + behind * tuned.PASSES / 2, 2 + behind * (1 + tuned.PASSES + (tuned.RIDGE_TRIES - 1) * tuned.PASSES_AGAIN)
+
+
+def writers_late(names: list[str], writers: dict[str, Writer], depth: int) -> list[str]:
+    """The modules that write into the stream in the later half of the blocks, in order; all where none is there."""
+    writing = [name for name in names if writers[name].place is not None and writers[name].norm is None]
+    return [name for name in writing if split_path(name)[1] >= depth // 2] or writing

@@ -1,0 +1,177 @@
+"""What must stay, as second moments of the keys at every position of the preserved chats; cached on disk.
+
+Every position: the first token (whose keys are outliers: attention sinks), the system prompt, the question, the header
+and the answer. A tenth of the chats is held out: no solve sees them, and after a lesson the divergence of the model's
+predictions there says what it did to chats like them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.rows import Encoder, Text
+from ..forward.capture import Point, forward_pass
+from ..solve.second_moment import SecondMoment
+from .constants import FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SINK, SINK_WEIGHT, WRITTEN
+from .generic_prompts import FACTUAL, OPEN, PLAIN
+from .preserved_cache import cached
+from .preserved_chats import Chat, answered_chats, write_chats
+
+_PASS_KEYS = 4096  # tokens whose keys are held at once
+
+
+@dataclass(frozen=True)
+class PreservedMoments:
+    """Chats to be preserved."""
+
+    moments: Mapping[str, SecondMoment]
+    """By module name: E[k kᵀ] over all positions of the chats that are not held out, each chat weighing the same and
+    half of it on its answer."""
+    prompts: list[Text | None]
+    """Each chat's prompt, None where it is plain text."""
+    held_out: list[list[int]]
+    """Token ids of the chats held out."""
+    answers: list[int]
+    """How many of each of these chats' last positions are answer positions."""
+    head: Tensor
+    """(Σ answers, d): what the unembedding reads there, with the base weights."""
+
+
+def preserved_moments(
+    network: nn.Module,
+    encoder: Encoder,
+    modules: Mapping[str, nn.Module],
+    chats: list[Chat] | None,
+    own: int | None,
+    *,
+    batch_tokens: int,
+    seed: int,
+    cache_dir: str | Path | None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> PreservedMoments:
+    """The moments of chats given, or of general prompts, plain text and `own` chats that the model writes itself; from
+    the cache where they are in it.
+
+    Args:
+        network: the model, its adapters off.
+        encoder: its tokenizer's.
+        modules: the modules that may be taught, by name.
+        chats: what to preserve; None for the default.
+        own: how many chats the model shall write then; None for as many as cost about a minute on two CPU cores.
+        batch_tokens, seed, cache_dir, progress: as in [`preserved_keys.preserved_keys`].
+    """
+    own = own_chats(network) if own is None else own
+    content = [(c.prompt, c.completion, c.text) for c in chats] if chats is not None else own
+    names = sorted(modules)
+
+    def make() -> PreservedMoments:
+        kept = (
+            chats if chats is not None else _dealt(general_chats(), write_chats(network, encoder, own, seed, progress))
+        )
+        return _measure(network, encoder, modules, kept, batch_tokens, progress)
+
+    def unpack(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> PreservedMoments:
+        moments = {name: _moment(name, header["counts"][name], tensors) for name in names}
+        return PreservedMoments(moments, header["prompts"], header["held_out"], header["answers"], tensors["head"])
+
+    return cached("moments", [names, content, seed], network, encoder, cache_dir, make, _pack, unpack)
+
+
+def general_chats() -> list[Chat]:
+    """The prompts and texts that are preserved by default, whatever the model."""
+    return [Chat(prompt) for prompt in (*FACTUAL, *OPEN)] + [Chat(None, text=text) for text in PLAIN]
+
+
+def own_chats(network: nn.Module) -> int:
+    """How many chats a model writes itself by default: as many as cost about a minute on two CPU cores."""
+    size = sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n)
+    return int(min(MOST_WRITTEN, max(FEWEST_WRITTEN, WRITTEN / size)))
+
+
+def _dealt(first: list[Chat], second: list[Chat]) -> list[Chat]:
+    """Two lists mixed evenly, so that those held out are of both."""
+    seen = {chat.prompt for chat in first if chat.prompt is not None}
+    second = [chat for chat in second if chat.prompt not in seen]
+    order = sorted([(i / len(part), k, i) for k, part in enumerate((first, second)) for i in range(len(part))])
+    return [(first, second)[k][i] for _, k, i in order]
+
+
+def _measure(
+    network: nn.Module,
+    encoder: Encoder,
+    modules: Mapping[str, nn.Module],
+    chats: list[Chat],
+    batch_tokens: int,
+    progress: Callable[[int], None],
+) -> PreservedMoments:
+    sequences, answers, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
+    held = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or ({len(sequences) - 1} if len(sequences) > 1 else set())
+    solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in held]
+    options = {"batch_tokens": batch_tokens, "pad_id": encoder.tokenizer.pad_token_id}
+    points = {name: Point(module, "input") for name, module in modules.items()}
+    moments: dict[str, SecondMoment] = {}
+    norms: dict[str, float] = {}
+    for first in _parts([len(ids) - 1 for ids, _ in solved]):
+        part = [solved[i] for i in first]
+        lengths = [len(ids) - 1 for ids, _ in part]
+        found = forward_pass(network, [ids for ids, _ in part], lengths, points, progress=progress, **options)
+        weights = torch.cat([_weights(length, count) for length, (_, count) in zip(lengths, part, strict=True)])
+        for name, keys in found.items():
+            moment = moments.setdefault(name, SecondMoment(keys.shape[1]))
+            norm = torch.linalg.vector_norm(keys, dim=1)
+            median = norms.setdefault(name, float(norm.median()))
+            moment.update(keys, weights.to(keys) * torch.where(norm > SINK * median, SINK_WEIGHT, 1.0) / len(solved))
+    chosen = sorted(held) or [0]
+    held_out, counts = [sequences[i] for i in chosen], [answers[i] for i in chosen]
+    head = Point(network.get_output_embeddings(), "input")
+    stream = forward_pass(network, held_out, counts, {"head": head}, **options)["head"]
+    dtype = network.get_input_embeddings().weight.dtype
+    return PreservedMoments(moments, prompts, held_out, counts, stream.to("cpu", dtype))
+
+
+def _weights(length: int, answer: int) -> Tensor:
+    """The weights of a chat's positions, which sum to 1: half on its answer's, however short."""
+    weights = torch.full((length,), 0.5 / max(length - answer, 1))
+    weights[length - answer :] = (0.5 if answer < length else 1.0) / max(answer, 1)
+    return weights
+
+
+def _parts(lengths: list[int]) -> list[list[int]]:
+    """Indices in groups of about so many tokens."""
+    parts, room = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not parts or room < lengths[i]:
+            parts.append([])
+            room = _PASS_KEYS
+        parts[-1].append(i)
+        room -= lengths[i]
+    return parts
+
+
+def _pack(made: PreservedMoments) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"head": made.head}
+    for name, moment in made.moments.items():
+        kind = "root" if moment.root is not None else "matrix"
+        tensors[f"{kind} {name}"] = (moment.root if moment.root is not None else moment.matrix).float().cpu()
+    return tensors, {
+        "prompts": made.prompts, "held_out": made.held_out, "answers": made.answers,
+        "counts": {name: moment.count for name, moment in made.moments.items()},
+    }  # fmt: skip
+
+
+def _moment(name: str, count: int, tensors: Mapping[str, Tensor]) -> SecondMoment:
+    moment = SecondMoment(0)
+    if f"root {name}" in tensors:
+        moment.root = tensors[f"root {name}"]
+        moment.width = moment.root.shape[1]
+    else:
+        moment.root, moment.matrix = None, tensors[f"matrix {name}"]
+        moment.width = moment.matrix.shape[1]
+    moment.count = count
+    return moment
