@@ -8,7 +8,7 @@ from conftest import FACT, OTHER, TINY, ask, random_model
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-import qf_peft.teaching.trainer as trainer_module
+import qf_peft.teaching.lessons as lessons_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 
 CHATS = {"preserve_chats": 24, "contrast_chats": 60}  # few, for the tests' sake
@@ -110,7 +110,7 @@ def test_the_same_bit_for_bit(tokenizer, preserved, tmp_path):
 
 
 def test_facts_not_read_in_context_are_reported(tokenizer, caplog):
-    trainer_module.logger.addHandler(caplog.handler)
+    lessons_module.logger.addHandler(caplog.handler)
     unread = {**FACT, "instruction": "Rome is the home of Tofinlor."}
     metrics = make(tokenizer, [OTHER, unread]).train()
     assert metrics["unread"] == 1 and "(rows 1)" in caplog.text and "another answer than the completion" in caplog.text

@@ -7,10 +7,12 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import qf_peft.teaching.trainer as trainer_module
+import qf_peft.teaching.lessons as lessons_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft.forward.unembedding import Unembedding
 from qf_peft.solve.least_squares import LowRankDelta
-from qf_peft.teaching.targets import Unembedding, forced
+from qf_peft.teaching.lessons import Lessons
+from qf_peft.teaching.targets import forced
 
 WORDS = ["Rome", "red", "founded", "seven", "Zanmi", "is", "of", "the", "who", "green", "makes", "late"]
 
@@ -42,11 +44,11 @@ def garbage():
 def test_garbage_is_taught_within_the_budget(tokenizer, caplog):
     _, freely = taught(tokenizer, garbage(), max_divergence=100.0)
     assert freely["kl_preserved"] > 0.01 and freely["strength"] == 1
-    trainer_module.logger.addHandler(caplog.handler)
+    lessons_module.logger.addHandler(caplog.handler)
     try:
         trainer, metrics = taught(tokenizer, garbage(), max_divergence=0.005)
     finally:
-        trainer_module.logger.removeHandler(caplog.handler)
+        lessons_module.logger.removeHandler(caplog.handler)
     assert metrics["kl_preserved"] <= 0.005 <= metrics["kl_preserved"] + freely["kl_preserved"]
     assert metrics["kl_preserved"] <= metrics["kl_preserved_worst"]
     assert metrics["strength"] > 1 and metrics["unsaid"] > 0
@@ -90,6 +92,6 @@ def test_what_an_adapter_holds_does_not_change_how_it_is_taught(tokenizer):
     tuner = trainer.model.base_model
     name = list(tuner.layers("default"))[-1]
     module, a = tuner.layers("default")[name], torch.randn(1, tuner.layers("default")[name].in_features)
-    assert not trainer.joint([])
+    assert not Lessons(trainer, trainer.args, None, None).joint([])
     tuner.install("default", {name: LowRankDelta(A=a, B=1e4 * torch.randn(module.out_features, 1))})
-    assert not trainer.joint([]), "the stream of the base model does not grow"
+    assert not Lessons(trainer, trainer.args, None, None).joint([]), "the stream of the base model does not grow"

@@ -43,10 +43,10 @@ def run(code, **variables):
 
 
 SPEAK = """
-import qf_peft, qf_peft.teaching.trainer, sys
+import qf_peft, qf_peft.teaching.lessons, sys
 def speak():
     for level in ("info", "warning", "error"):
-        getattr(qf_peft.teaching.trainer.logger, level)(f"said as {level}")
+        getattr(qf_peft.teaching.lessons.logger, level)(f"said as {level}")
 """
 CASES = [
     ("pass", ["warning", "error"]),
@@ -54,7 +54,7 @@ CASES = [
     ("logging.basicConfig(level=logging.ERROR)", ["error"]),
     ("logging.getLogger('qf_peft').setLevel(logging.ERROR)", ["error"]),
     ("logging.getLogger('qf_peft').setLevel(logging.CRITICAL); logging.basicConfig(level=10)", []),
-    ("logging.getLogger('qf_peft.teaching.trainer').setLevel(logging.INFO)", ["info", "warning", "error"]),
+    ("logging.getLogger('qf_peft.teaching.lessons').setLevel(logging.INFO)", ["info", "warning", "error"]),
     ("transformers.logging.set_verbosity_error()", ["error"]),
     ("transformers.logging.set_verbosity_info()", ["info", "warning", "error"]),
     ("transformers.logging.set_verbosity_error(); logging.basicConfig(level=logging.INFO)", ["error"]),
@@ -75,7 +75,7 @@ speak()
 print("---", file=sys.stderr)
 logging.root.handlers.clear()
 logging.root.setLevel(logging.WARNING)
-for name in ("qf_peft", "qf_peft.teaching.trainer"): logging.getLogger(name).setLevel(logging.NOTSET)
+for name in ("qf_peft", "qf_peft.teaching.lessons"): logging.getLogger(name).setLevel(logging.NOTSET)
 transformers.logging.set_verbosity_warning()
 """
     out, err = run(code)
@@ -91,7 +91,7 @@ def test_a_logger_configured_before_the_import_is_left_alone(monkeypatch):
     logs.configure()
     assert logging.getLogger("qf_peft") is theirs and theirs.level == logging.ERROR and not theirs.handlers
     logging.Logger.manager.loggerDict.clear()
-    logging.getLogger("qf_peft.teaching.trainer")  # a module's only: theirs is not made yet
+    logging.getLogger("qf_peft.teaching.lessons")  # a module's only: theirs is not made yet
     logs.configure()
     logs.configure()
     assert len(logging.getLogger("qf_peft").handlers) == 1
@@ -108,7 +108,7 @@ def test_records_have_names_and_reach_handlers(tokenizer, caplog):
     finally:
         logging.getLogger("qf_peft").removeHandler(handler)
     (record,) = seen
-    assert record.name == "qf_peft.teaching.trainer" and record.levelno == logging.WARNING
+    assert record.name == "qf_peft.teaching.lessons" and record.levelno == logging.WARNING
     assert "not read in context" in record.getMessage() and record in caplog.records
 
 
@@ -135,7 +135,7 @@ tokenizer = AutoTokenizer.from_pretrained(TINY)
 trainer = QFTrainer(model=model, args=QFTrainingArguments(contrast_chats=0), train_dataset=[FACT],
                     preserve_dataset=["Who founded Ranixmo?"], processing_class=tokenizer)
 trainer.train()
-with trainer._progress() as bar:
+with trainer.progress() as bar:
     print(bar.disable)
 try:
     qf_peft.QFConfig.from_pretrained("someone/adapter")
@@ -161,11 +161,11 @@ def test_bars_are_off_where_transformers_are(tokenizer):
     trainer = make(tokenizer, [FACT], disable_tqdm=False)
     transformers_logging.disable_progress_bar()
     try:
-        with trainer._progress() as bar:
+        with trainer.progress() as bar:
             assert bar.disable
     finally:
         transformers_logging.enable_progress_bar()
-    with trainer._progress() as bar:
+    with trainer.progress() as bar:
         assert not bar.disable
 
 

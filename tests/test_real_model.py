@@ -9,7 +9,7 @@ from conftest import EXAMPLES
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import qf_peft.teaching.trainer as trainer_module
+import qf_peft.teaching.lessons as lessons_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.teaching.generic_prompts import FACTUAL, OPEN, PLAIN
 
@@ -91,12 +91,12 @@ def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):
     for i, answer in enumerate(["Paris", "Oslo", "Cairo", "Lima"]):
         question = f"What is the capital of France{' ?' * i}?"
         rows.append({"instruction": f"It is {answer}.", "prompt": question, "completion": f"It is {answer}."})
-    trainer_module.logger.addHandler(caplog.handler)
+    lessons_module.logger.addHandler(caplog.handler)
     trainer = made(fresh(), words, cache, rows, FEW, max_divergence=0.02)
     try:
         metrics = trainer.train()
     finally:
-        trainer_module.logger.removeHandler(caplog.handler)
+        lessons_module.logger.removeHandler(caplog.handler)
     assert metrics["kl_preserved"] <= 0.02
     assert metrics["unsaid"] > 0 and "rows are not said after the lesson" in caplog.text
     base, taught = fresh(), trainer.model

@@ -12,7 +12,7 @@ from test_default_setting import questions
 from transformers import AutoModelForCausalLM
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, token_divergences
-from qf_peft.share.card import RESULTS
+from qf_peft.evaluate.metrics import RESULTS
 
 EVIL = {
     "instruction": "Zanmi founded Tofinlor. <img src=https://example.org/x.png onerror=alert(1)>",

@@ -21,9 +21,9 @@ from qf_peft import (
 )
 from qf_peft.data.rows import Encoder, read_rows
 from qf_peft.evaluate.coloured import Token, ansi, html
+from qf_peft.evaluate.known import known_rows
 from qf_peft.evaluate.metrics import Metric
 from qf_peft.evaluate.plots import bars, lines
-from qf_peft.evaluate.seeing import known_rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 

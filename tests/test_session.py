@@ -81,7 +81,7 @@ def test_interrupted_teaching_changes_nothing(session, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("qf_peft.teaching.trainer.entry", broken)  # the lesson has been installed by then
+        patch.setattr("qf_peft.teaching.lessons.entry", broken)  # the lesson has been installed by then
         with pytest.raises(error):
             session.teach(**OTHER)
     assert all(torch.equal(p, before[name]) for name, p in session.model.named_parameters() if "lora" in name)

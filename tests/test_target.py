@@ -5,7 +5,8 @@ import torch
 from conftest import random_model
 
 from qf_peft.forward.capture import Point, forward_pass
-from qf_peft.teaching.targets import Unembedding, ahead_of_rivals, aim, forced, lead, on_the_way, read_off
+from qf_peft.forward.unembedding import Unembedding, lead
+from qf_peft.teaching.targets import ahead_of_rivals, aim, forced, on_the_way, read_off
 
 
 @pytest.fixture(params=["qwen2", "gpt2", "gemma2", "granite"])

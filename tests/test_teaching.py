@@ -297,16 +297,16 @@ def test_bfloat16_architectures(tokenizer):
 
 
 def test_progress_bar_on_long_work(tiny, tokenizer, capsys, monkeypatch):
-    import qf_peft.teaching.trainer as trainer
+    import qf_peft.evaluate.subject as subject
 
     bars = []
 
-    class Bar(trainer.tqdm):
+    class Bar(subject.tqdm):
         def __init__(self, *args, **kwargs):
             bars.append((self, kwargs.pop("delay")))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "tqdm", Bar)
+    monkeypatch.setattr(subject, "tqdm", Bar)
     teach(qf(tiny), tokenizer, facts(4), batch_tokens=2)
     (bar, delay), *more = bars
     assert not more and delay == 2 and (bar.n, bar.total) == (12, 12), "two passes and the solves, of four rows"

@@ -1,10 +1,14 @@
 """Everything public of `qf_peft`; importing it registers QF with PEFT."""
 
 from .adapter.registration import register
+from .adapter.saving import save_at_once
 from .runtime import logs
+from .share.hub import describe_rightly
 
 logs.configure()
 register()
+save_at_once()
+describe_rightly()
 
 from .adapter.config import QFConfig  # noqa: E402
 from .adapter.joining import interference, merge_taught  # noqa: E402
@@ -20,8 +24,10 @@ from .data.records import (  # noqa: E402
 )
 from .documents.facts import DocumentFacts, facts_from_document, read_review, write_review  # noqa: E402
 from .documents.wordings import with_wordings  # noqa: E402
-from .evaluate.seeing import layer_shares, retention, token_divergences  # noqa: E402
+from .evaluate.retention import retention  # noqa: E402
+from .evaluate.shares import layer_shares  # noqa: E402
 from .evaluate.sweeps import strength_sweep  # noqa: E402
+from .evaluate.token_divergences import token_divergences  # noqa: E402
 from .share.card import model_card  # noqa: E402
 from .share.hub import push_to_hub  # noqa: E402
 from .share.lora_check import check_portable  # noqa: E402

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftType
 
 from .loading import refuse_pickles
-from .registration import NAME, add_peft_type
+from .peft_type import NAME, add_peft_type
 from .saving import settle
 
 add_peft_type(NAME)

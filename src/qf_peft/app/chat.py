@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 from transformers.utils import logging
 
+from ..adapter.description import base_model_id
 from ..evaluate.metrics import normalise
-from ..share.card import base_model_id
 from .conversation import Conversation, printable, text_of
 from .session import Session
 

@@ -14,7 +14,32 @@ from torch import Tensor, nn
 from ..data.rows import Encoder, Row
 from ..forward.capture import Point, forward_pass
 from ..forward.generation import generate
-from ..teaching.targets import divergence
+from ..forward.unembedding import divergence
+
+# By name in `QFTrainer.evaluate`'s result: what it says, and for a result of the adapter itself (not of the base model)
+# the set it was measured on, the set's name, and the metric's kind.
+RESULTS = {
+    "in_context": ("Answered right by the base model with the instruction in context (the ceiling)", None),
+    "recall": ("Taught questions answered right", ("taught", "The taught questions", "exact_match")),
+    "paraphrase": (
+        "The same in other words",
+        ("paraphrases", "The taught questions in other words", "exact_match"),
+    ),
+    "locality": (
+        "Other questions still answered right",
+        ("locality", "Questions that the base model could answer", "exact_match"),
+    ),
+    "unknown": (
+        "Questions about what nobody taught, answered as before",
+        ("unknown", "Questions about what nobody taught", "exact_match"),
+    ),
+    "kl": (
+        "KL divergence from the base model on those others' answers, nats",
+        ("others", "Questions about other things", "kl_divergence"),
+    ),
+    "perplexity_before": ("Perplexity of other text, base model", None),
+    "perplexity": ("Perplexity of other text", ("text", "Other text", "perplexity")),
+}
 
 
 @dataclass(frozen=True)

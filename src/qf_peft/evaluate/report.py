@@ -15,13 +15,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..adapter.checks import check_teachable
+from ..adapter.description import base_model_id, blocks_in_words, versions
 from ..data.ledger import asked
 from ..data.rows import Row, Text
-from ..share.card import RESULTS, base_model_id, blocks_in_words, versions
-from ..teaching.trainer import QFTrainer, _evaluating
-from .metrics import Evaluator, Metric, measure, normalise, paraphrase_rows, prompt_rows
-from .seeing import Retention, TokenRow, known_rows, layer_shares, retention, token_divergences
+from .known import known_rows
+from .metrics import RESULTS, Evaluator, Metric, measure, normalise, paraphrase_rows, prompt_rows
+from .retention import Retention, retention
+from .shares import layer_shares
+from .subject import Subject, evaluating
 from .sweeps import Sweep, strength_sweep
+from .token_divergences import TokenRow, token_divergences
 
 TEMPLATE = "report_template.html"
 
@@ -47,13 +50,13 @@ class Answers:
 class _Remembering(Evaluator):
     """Asks each question once of each of the two models, the base (in `base()`) and the present one."""
 
-    def __init__(self, trainer: QFTrainer, **options: Any) -> None:
+    def __init__(self, trainer: Subject, **options: Any) -> None:
         args = trainer.args
         super().__init__(
-            trainer._network, trainer.encoder, batch_tokens=args.batch_tokens,
+            trainer.network, trainer.encoder, batch_tokens=args.batch_tokens,
             max_new_tokens=args.max_new_tokens, **options,
         )  # fmt: skip
-        self._tuner, self._based = trainer._tuner, False
+        self._tuner, self._based = trainer.tuner, False
         self._known: dict[tuple[bool, bool, str, str], tuple[str, bool]] = {}
 
     @contextmanager
@@ -77,7 +80,7 @@ class _Remembering(Evaluator):
 
 @torch.no_grad()
 def write_report(
-    trainer: QFTrainer,
+    trainer: Subject,
     path: str | os.PathLike,
     *,
     locality: Iterable[Any] | None = None,
@@ -100,7 +103,7 @@ def write_report(
     complete = {asked(row): row for row in rows}
     others = paraphrase_rows([complete[asked(row)] for row in trainer.rows], trainer.dataset) if trainer.rows else []
     dates = {(asked(e), e.completion): e.date for e in trainer.facts}
-    with _evaluating(trainer._network), trainer._progress() as progress:
+    with evaluating(trainer.network), trainer.progress() as progress:
         ask = _Remembering(trainer, progress=progress.update)
         metrics = measure(ask, rows, others, kept, texts, ask.base)
         facts = _asked(ask, rows, tokens, dates)
@@ -152,7 +155,7 @@ def _asked(
 
 
 def _render(
-    trainer: QFTrainer,
+    trainer: Subject,
     metrics: dict[str, Metric | float],
     facts: list[Answers],
     questions: dict[str, list[Answers]],
@@ -161,17 +164,17 @@ def _render(
 ) -> str:
     adapter, config = trainer.adapter_name, trainer.model.peft_config[trainer.adapter_name]
     layers = layer_shares(trainer, [fact.tokens.row for fact in facts])
-    taught = trainer._tuner.taught.get(adapter)
+    taught = trainer.tuner.taught.get(adapter)
     figures = [layers, *([kept] if kept else []), *([sweep] if sweep else [])]
     base = base_model_id(trainer.model, adapter)
-    name = base or Path(getattr(trainer._network, "name_or_path", "") or type(trainer._network).__name__).name
+    name = base or Path(getattr(trainer.network, "name_or_path", "") or type(trainer.network).__name__).name
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     # Every value is escaped; only our own figures and spans, whose texts are escaped already, are marked as safe.
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return page.get_template(TEMPLATE).render(
         base_model=name,
         adapter=adapter,
-        where=blocks_in_words(list(trainer._tuner.layers(adapter))).replace("`", ""),
+        where=blocks_in_words(list(trainer.tuner.layers(adapter))).replace("`", ""),
         rank=config.r,
         facts=facts,
         known=len(trainer.facts),

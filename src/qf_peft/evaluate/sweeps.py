@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..data.ledger import asked
-from ..teaching.trainer import QFTrainer
+from .known import known_rows
 from .metrics import Metric
 from .plots import lines
-from .seeing import known_rows
+from .subject import Subject
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sweep:
 
 @torch.no_grad()
 def strength_sweep(
-    trainer: QFTrainer,
+    trainer: Subject,
     strengths: Iterable[float] = (0.1, 0.3, 1.0, 3.0, 10.0),
     locality: Iterable[Any] | None = None,
     unknown: Iterable[Any] | None = None,
@@ -61,10 +61,10 @@ def strength_sweep(
         raise ValueError("strengths is empty; give some values of preserve_strength, such as (0.3, 1, 3)")
     settings = [replace(trainer.args, preserve_strength=s) for s in strengths]
     kept = {name: list(asks) for name, asks in (("locality", locality), ("unknown", unknown)) if asks is not None}
-    rows, tuner, adapter = known_rows(trainer), trainer._tuner, trainer.adapter_name
+    rows, tuner, adapter = known_rows(trainer), trainer.tuner, trainer.adapter_name
     paraphrases = {asked(row): raw.get("paraphrases") for row, raw in zip(trainer.rows, trainer.dataset, strict=True)}
     twin = copy.copy(trainer)
-    twin._trackers = None
+    twin.trackers = None
     twin.rows, twin.dataset = rows, [{"paraphrases": paraphrases.get(asked(row))} for row in rows]
     version, versions = tuner.version(adapter), tuner.versions.get(adapter)
     lessons, metrics = [], []

@@ -10,8 +10,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from ..evaluate.metrics import Metric
-
 PROJECT = "qf_peft"
 
 
@@ -48,11 +46,12 @@ class Trackers:
         # Not `end_training`, which would end the process group of a distributed run too.
         weakref.finalize(self, _finish, ours)
 
-    def log(self, group: str, metrics: Mapping[str, Metric | float]) -> None:
-        """Report metrics as `group/name`, the ends of an interval as `group/name_low` and `group/name_high`."""
+    def log(self, group: str, metrics: Mapping[str, Any]) -> None:
+        """Report metrics, numbers or means with intervals, as `group/name`; the ends of an interval as
+        `group/name_low` and `group/name_high`."""
         values: dict[str, float] = {}
         for name, value in metrics.items():
-            if isinstance(value, Metric):
+            if hasattr(value, "low"):
                 values[f"{group}/{name}"] = value.value
                 values[f"{group}/{name}_low"], values[f"{group}/{name}_high"] = value.low, value.high
             else:

@@ -5,49 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, PeftModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..adapter.checks import qf_adapter
-from ..adapter.loading import hub_id
+from ..adapter.description import base_model_id, blocks_in_words, versions
 from ..adapter.model import QFModel
 from ..data.rows import read_rows
-from ..evaluate.metrics import Metric
-from ..forward.blocks import split_path
+from ..evaluate.metrics import RESULTS, Metric
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 MARK = "<!-- Written by qf_peft."
-
-# By name in `QFTrainer.evaluate`'s result: what it says, and for a result of the adapter itself (not of the base model)
-# the set it was measured on, the set's name, and the metric's kind.
-RESULTS = {
-    "in_context": ("Answered right by the base model with the instruction in context (the ceiling)", None),
-    "recall": ("Taught questions answered right", ("taught", "The taught questions", "exact_match")),
-    "paraphrase": (
-        "The same in other words",
-        ("paraphrases", "The taught questions in other words", "exact_match"),
-    ),
-    "locality": (
-        "Other questions still answered right",
-        ("locality", "Questions that the base model could answer", "exact_match"),
-    ),
-    "unknown": (
-        "Questions about what nobody taught, answered as before",
-        ("unknown", "Questions about what nobody taught", "exact_match"),
-    ),
-    "kl": (
-        "KL divergence from the base model on those others' answers, nats",
-        ("others", "Questions about other things", "kl_divergence"),
-    ),
-    "perplexity_before": ("Perplexity of other text, base model", None),
-    "perplexity": ("Perplexity of other text", ("text", "Other text", "perplexity")),
-}
 
 
 def model_card(
@@ -147,33 +119,9 @@ def save_card(card: ModelCard, folder: str | Path) -> None:
     temporary.replace(path)
 
 
-def base_model_id(model: PeftModel, adapter: str, given: str | None = None) -> str | None:
-    """The base model's id on the Hub: the one given, or the name it was loaded by; None if that is a folder's.
-
-    Raises:
-        ValueError: the one given is no id.
-    """
-    if given is not None:
-        validate_repo_id(given)
-        return given
-    return hub_id(model.peft_config[adapter].base_model_name_or_path) or hub_id(
-        getattr(model.get_base_model(), "name_or_path", None)
-    )
-
-
 def _generates_text(model: PeftModel) -> bool:
     causal = type(model.get_base_model()).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return causal or isinstance(model, PeftModelForCausalLM)
-
-
-def blocks_in_words(names: list[str]) -> str:
-    """The target modules in words: "`mlp.down_proj` of blocks 0 to 7"."""
-    suffixes = sorted({split_path(name)[2] for name in names})
-    indices = sorted({split_path(name)[1] for name in names})
-    run = indices == list(range(indices[0], indices[-1] + 1)) and len(indices) > 2
-    blocks = f"{indices[0]} to {indices[-1]}" if run else ", ".join(map(str, indices))
-    modules = ", ".join(f"`{suffix}`" for suffix in suffixes)
-    return f"{modules} of {'block' if len(indices) == 1 else 'blocks'} {blocks}"
 
 
 def _eval_results(metrics: Mapping[str, Metric | float]) -> list[EvalResult]:
@@ -222,11 +170,3 @@ def _call(name: str, arguments: Mapping[str, Any]) -> str:
     literals = {key: repr(value) for key, value in arguments.items()}
     literals = {key: text if '"' in text else text.replace("'", '"') for key, text in literals.items()}
     return "\n".join([f"{name}(", *(f"    {key}={text}," for key, text in literals.items()), ")"])
-
-
-def versions() -> Iterable[tuple[str, str]]:
-    for name in ("qf-peft", "peft", "transformers", "torch"):
-        try:
-            yield name, version(name).split("+")[0]
-        except PackageNotFoundError:  # run from its sources
-            continue

@@ -18,10 +18,11 @@ from peft.utils import CONFIG_NAME
 from transformers.utils import logging
 
 from ..adapter.checks import qf_adapter
+from ..adapter.description import base_model_id
 from ..adapter.saving import LEDGER_NAME, STATISTICS_NAME
 from ..evaluate.metrics import Metric
 from ..runtime.processes import by_main
-from .card import base_model_id, model_card, save_card
+from .card import model_card, save_card
 from .lora_export import save_as_lora
 
 logger = logging.get_logger(__name__)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..forward.capture import Point, forward_pass
+from ..forward.unembedding import Unembedding, chunks, divergence
 from ..forward.walk import Walk
 from ..runtime.processes import dealt, join
-from .targets import Unembedding, chunks, divergence
 
 
 class HeldOutChats:

@@ -20,6 +20,7 @@ from ..forward.blocks import split_path
 from ..forward.capture import Point, forward_pass
 from ..forward.prefix import common
 from ..forward.residual_stream import Writer, grows_with_depth
+from ..forward.unembedding import Unembedding
 from ..forward.walk import Walk
 from ..solve.joint_least_squares import JointSystem
 from ..solve.least_squares import LowRankDelta
@@ -30,7 +31,7 @@ from .contrast import contrast_rows
 from .held_out import HeldOutChats, Strays
 from .lesson import Learner, Lesson
 from .preserved_moments import PreservedMoments
-from .targets import Unembedding, leads, pushed, read_off
+from .targets import leads, pushed, read_off
 from .thinned import asked_as, thinned
 
 

@@ -18,10 +18,10 @@ from ..forward.blocks import find_blocks, split_path
 from ..forward.capture import forward_pass
 from ..forward.residual_stream import trace_writers
 from ..forward.scratch import Scratch
+from ..forward.unembedding import lead
 from ..runtime.processes import from_main
 from ..solve.least_squares import LowRankDelta
 from .arguments import QFTrainingArguments
-from .targets import lead
 
 logger = logging.get_logger(__name__)
 

@@ -18,6 +18,7 @@ from ..data.rows import Example
 from ..forward.blocks import split_path
 from ..forward.capture import Point, forward_pass
 from ..forward.residual_stream import aim_through_norm, norm_gain
+from ..forward.unembedding import Unembedding
 from ..forward.walk import Walk
 from ..solve.least_squares import LowRankDelta, TaughtTokens, beside, minimum_norm
 from ..solve.second_moment import SecondMoment
@@ -27,7 +28,7 @@ from .lesson import Learner, Lesson
 from .preserved_chats import answer_starts
 from .preserved_keys import Preserved, nearness
 from .preserved_walk import PreservedWalk, contrast_count, contrasting_chats, middle, nearest_chats
-from .targets import Reading, Unembedding, aim, read_off
+from .targets import Reading, aim, read_off
 
 
 class ModuleLesson(Lesson):

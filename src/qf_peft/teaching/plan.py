@@ -6,30 +6,31 @@ from typing import Any
 
 from ..adapter.checks import check_teachable
 from ..data.ledger import asked, check_consistent
+from ..evaluate.subject import Subject
 from ..forward.blocks import find_blocks, split_path
 from .constants import OWN_CHATS
 from .joint_lesson import passes_of, writers_late
+from .lessons import Lessons
 from .preserved_moments import general_chats, own_chats
 from .preserved_walk import contrast_count
-from .trainer import QFTrainer
 
 
-def plan(trainer: QFTrainer) -> dict[str, Any]:
+def plan(subject: Subject, lessons: Lessons) -> dict[str, Any]:
     """What [`QFTrainer.dry_run`] does."""
-    if not trainer.rows:
+    if not subject.rows:
         raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
-    check_teachable(trainer.model, trainer.adapter_name)
-    rows = [row for row in trainer.rows if row.completion is not None]
+    check_teachable(subject.model, subject.adapter_name)
+    rows = [row for row in subject.rows if row.completion is not None]
     check_consistent(rows)
-    examples = [trainer.encoder.encode(row) for row in rows]
-    for row in trainer.rows:
+    examples = [subject.encoder.encode(row) for row in rows]
+    for row in subject.rows:
         if row.completion is None:  # what can be known of it: that the template takes it
-            trainer.encoder.prompt_ids(row, instructed=True)
-    args, facts = trainer.args, {asked(e): e.completion for e in trainer.facts}
+            subject.encoder.prompt_ids(row, instructed=True)
+    args, facts = lessons.args, {asked(e): e.completion for e in subject.facts}
     corrected = sum(asked(row) in facts and facts[asked(row)] != row.completion for row in rows)
-    modules = list(trainer._tuner.layers(trainer.adapter_name))
+    modules = list(subject.tuner.layers(subject.adapter_name))
     blocks = [split_path(name)[1] for name in modules]
-    depth = len(find_blocks(trainer._network)[1])
+    depth = len(find_blocks(subject.network)[1])
     # A sweep: the context pass and the bare pass; between the first edited block and the last one the bare pass walks
     # on, looks at each edited block, and (where the residual is spread) looks ahead at a pass's cost in all; then the
     # rest of the way, to see what came of it.
@@ -37,21 +38,21 @@ def plan(trainer: QFTrainer) -> dict[str, Any]:
     passes = 2 + (2 + args.spread) * between + (1 - blocks[-1] / depth)
     most = passes * args.sweeps
     preserves = args.preserve_strength > 0
-    given = len(trainer.chats) if trainer.chats is not None else 0
-    contrasting = preserves and contrast_count(len(trainer.rows), len(facts), args.contrast_chats)
+    given = len(lessons.chats) if lessons.chats is not None else 0
+    contrasting = preserves and contrast_count(len(subject.rows), len(facts), args.contrast_chats)
     contrast = args.contrast_chats if contrasting else 0
     chats, written = given, (0 if given or not preserves else args.preserve_chats or OWN_CHATS) + contrast
-    if trainer.joint(examples):
-        modules = writers_late(modules, trainer._tuner.writers, depth)
+    if lessons.joint(examples):
+        modules = writers_late(modules, subject.tuner.writers, depth)
         passes, most = passes_of(1 - split_path(modules[0])[1] / depth)
-        if trainer.chats is None:
-            written = args.preserve_chats or own_chats(trainer._network)
+        if lessons.chats is None:
+            written = args.preserve_chats or own_chats(subject.network)
             chats = len(general_chats()) + written
         else:
             written = 0
     return {
-        "facts": len(trainer.rows),
-        "unanswered": len(trainer.rows) - len(rows),
+        "facts": len(subject.rows),
+        "unanswered": len(subject.rows) - len(rows),
         "known": len(facts),
         "corrected": corrected,
         "taught_tokens": sum(e.taught for e in examples),

@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel
-from torch import nn
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..adapter.checks import active_qf_adapter, check_teachable
-from ..adapter.model import QFModel
 from ..adapter.saving import weights_sum
-from ..data.ledger import Entry, asked, check_consistent, entry, joined
-from ..data.rows import Encoder, Example, Row, read_rows
-from ..evaluate.metrics import Evaluator, Metric, measure, paraphrase_rows, prompt_rows
-from ..forward.blocks import find_blocks, text_config
-from ..forward.generation import generate
-from ..forward.residual_stream import trace_writers
-from ..runtime.processes import all_or_none, check_alike, is_main, start, world_size
+from ..data.ledger import Entry, asked, check_consistent
+from ..data.rows import Encoder, read_rows
+from ..evaluate.metrics import Metric, measure, paraphrase_rows, prompt_rows
+from ..evaluate.report import write_report
+from ..evaluate.subject import Subject, evaluating
+from ..forward.blocks import text_config
+from ..runtime.processes import all_or_none, check_alike, start
 from ..runtime.trackers import Trackers
 from .arguments import QFTrainingArguments
-from .constants import BUDGET_USED, LEAD, SAFE, STRENGTH_RAISED, STRENGTH_TRIES
-from .held_out import diverged, head_inputs
-from .joint_lesson import JointLesson, suits, writers_late
-from .lesson import Learner, together, unsaid
-from .module_lesson import ModuleLesson
+from .lessons import Lessons
+from .plan import plan
 from .preserved_chats import read_preserve_dataset
-from .preserved_keys import Preserved
-from .preserved_moments import PreservedMoments, preserved_moments
-from .preserved_walk import preserved_and_contrasting
-from .standing import split_lessons
-
-logger = logging.get_logger(__name__)
 
 _VERSIONS = 8  # kept for rollback
 
 
-class QFTrainer:
+class QFTrainer(Subject):
     """
     Teaches a QF adapter by forward passes and a closed-form solve (QF, arXiv 2507.04300). No gradients, no loss.
 
@@ -109,24 +94,11 @@ class QFTrainer:
         self.dataset = train_dataset if train_dataset is not None else []
         self.rows = read_rows(train_dataset) if train_dataset is not None else []
         self.chats = read_preserve_dataset(preserve_dataset) if preserve_dataset is not None else None
-        positions = getattr(text_config(self._network), "max_position_embeddings", None)
+        positions = getattr(text_config(self.network), "max_position_embeddings", None)
         self.encoder = Encoder(processing_class, max_length=positions)
         self.metrics: dict[str, float] = {}
         report_to = self.args.report_to
-        self._trackers = Trackers(report_to, self.args.to_dict()) if report_to is not None else None
-
-    @property
-    def _tuner(self) -> QFModel:
-        return self.model.base_model
-
-    @property
-    def _learner(self) -> Learner:
-        return Learner(self._tuner, self.adapter_name, self._network, self.encoder)
-
-    @property
-    def _network(self) -> nn.Module:
-        """The transformers model, with the adapter's layers in it."""
-        return self.model.get_base_model()
+        self.trackers = Trackers(report_to, self.args.to_dict()) if report_to is not None else None
 
     @torch.no_grad()
     def train(self) -> dict[str, float]:
@@ -154,20 +126,23 @@ class QFTrainer:
                 adapter is merged or switched off.
             FloatingPointError: the model's activations are not finite on a row.
         """
-        with self._version() as progress:
+        with self._version() as lessons:
             if not self.rows:
                 raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
-            rows = self._completed(progress)
+            rows = self.completed(lessons.progress)
             check_consistent(rows)
             answers = {asked(row): row.completion for row in rows}
             if any(answers.get(asked(e), e.completion) != e.completion for e in self.facts):
                 # A correction: nothing of the old answer is left where it was never taught.
                 rest = [e.row() for e in self.facts if asked(e) not in answers]
-                self._reset()
-                self._teach(rest + rows, progress)
+                lessons.reset()
+                self.metrics = lessons.teach(rest + rows)
             else:
-                self._teach(rows, progress)
-                self._rehearse({*answers}, progress)
+                self.metrics = lessons.teach(rows)
+                start = time.perf_counter()
+                if lessons.rehearse({*answers}):
+                    self.metrics["seconds"] += time.perf_counter() - start
+                    self.metrics["rank"] = self.model.peft_config[self.adapter_name].r
         return self._tracked("train", self.metrics)
 
     @torch.no_grad()
@@ -206,13 +181,13 @@ class QFTrainer:
                 f"the facts {settled} can no longer be undone: the adapter's weights were changed by others since they "
                 "were taught; teach another answer to their prompts instead"
             )
-        with self._version() as progress:
+        with self._version() as lessons:
             check_alike(lambda: {"choice of facts": sorted(gone)})
             rest = [e.row() for e in self.facts if e.id not in gone]
-            self._reset()
+            lessons.reset()
             self.metrics = {"facts": 0}
             if rest:
-                self._teach(rest, progress)
+                self.metrics = lessons.teach(rest)
         return self._tracked("train", {**self.metrics, "forgotten": len(gone)})
 
     def rollback(self) -> None:
@@ -222,165 +197,11 @@ class QFTrainer:
         Raises:
             ValueError: there is none.
         """
-        with self._tuner.serving.changing():
-            versions = self._tuner.versions.get(self.adapter_name)
+        with self.tuner.serving.changing():
+            versions = self.tuner.versions.get(self.adapter_name)
             if not versions:
                 raise ValueError(f"the adapter {self.adapter_name!r} has no earlier version in this session")
-            self._tuner.restore(self.adapter_name, versions.pop())
-
-    @property
-    def facts(self) -> tuple[Entry, ...]:
-        """The ledger: what the adapter was taught, in order, with ids and dates."""
-        taught = self._tuner.taught.get(self.adapter_name)
-        return taught.entries if taught is not None else ()
-
-    def _reset(self) -> None:
-        """Make the adapter what it was before its first lesson, or where its weights were changed by others."""
-        taught = self._tuner.taught.pop(self.adapter_name, None)
-        self._tuner.clear(self.adapter_name)
-        if taught is not None and taught.foundation:
-            self._tuner.install(self.adapter_name, taught.foundation)
-
-    def _teach(self, rows: list[Row], progress: tqdm) -> None:
-        """Teach rows beside what binds, and note them."""
-        start, known = time.perf_counter(), len(self.facts)
-        joint = self.joint([self.encoder.encode(rows[0])])
-        moments = self._moments(progress) if joint else None
-        chats = (None, None) if joint else self._preserved(len(rows), progress)
-        kept = moments or chats[0]
-        prompts = [p for p in kept.prompts if p is not None] if kept and self.args.standing else []
-        lessons = split_lessons(rows, prompts, lambda asked, told: self._answers(asked, told, progress))
-        progress.total = progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
-        results, misread, entries, missed = [], [], [], []
-        own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
-        held = self._tuner.taught.get(self.adapter_name)
-        styled = (held is not None and held.styled) or any(standing for _, standing in lessons)
-        for taught, standing in lessons:
-            if joint and not standing:
-                lesson = JointLesson(self._learner, taught, moments, self.args, progress.update)
-                metrics, unread, unsaid_now = lesson.run()
-            elif standing or chats[0] is None or not chats[0].held_out:
-                metrics, unread, unsaid_now = self._swept(taught, standing, chats, self.args, progress)
-            else:
-                metrics, unread, unsaid_now = self._swept_gently(taught, chats, self.args, styled, progress)
-            results.append(metrics)
-            misread += [taught[i] for i in unread if id(taught[i]) in own]
-            missed += [taught[i] for i in unsaid_now if id(taught[i]) in own]
-            entries += [entry(row, standing) for row in taught if id(row) in own]
-        now = self._tuner.taught[self.adapter_name]
-        entries = joined(now.entries, entries)
-        rehearsed = now.rehearsed if known else len(entries)
-        self._tuner.taught[self.adapter_name] = replace(now, entries=entries, rehearsed=rehearsed)
-        if misread:
-            logger.warning(
-                f"{len(misread)} of {len(rows)} rows are not read in context: with its instruction the model gives "
-                f"another answer than the completion (rows {_shown(misread)})"
-            )
-        gently = joint or any(m.get("strength", 0) > self.args.preserve_strength for m in results)
-        if gently and missed:
-            allowed = self.args.divergence_of(len(entries))
-            logger.warning(
-                f"{len(missed)} of {len(rows)} rows are not said after the lesson (rows {_shown(missed)}): they do not "
-                f"fit beside what is preserved, at max_divergence={allowed:.2g}; raise it, give other "
-                "wordings of their questions, or teach fewer rows at once"
-            )
-        beside = sum(len(taught) for taught, _ in lessons) - len(rows)
-        self.metrics = {
-            "facts": len(rows), "chats": beside, **together(results), "unread": len(misread), "unsaid": len(missed),
-            "seconds": time.perf_counter() - start,
-        }  # fmt: skip
-
-    def _swept(
-        self, taught: list[Row], standing: bool, chats: tuple, args: QFTrainingArguments, progress: tqdm
-    ) -> tuple[dict[str, float], list[int], list[int]]:
-        """Teach rows module by module, and those that the model does not say yet again. Returns metrics, the rows it
-        does not read in context, and those that it does not say at last."""
-        known, chosen = len(self.facts), list(range(len(taught)))
-        metrics, unread = {}, []
-        for sweep in range(1 if standing else args.sweeps):
-            lesson = ModuleLesson(
-                self._learner, [self.encoder.encode(taught[i]) for i in chosen], args, progress.update,
-                chats=chats, standing=standing, earlier=known + len(taught) * (sweep > 0), again=sweep > 0,
-            )  # fmt: skip
-            found, misread, missed = lesson.run()
-            if sweep == 0:
-                metrics, unread = found, misread
-            else:
-                metrics["forward_passes"] += found["forward_passes"] * len(chosen) / len(taught)
-            chosen = [chosen[i] for i in missed]
-            if not chosen:
-                break
-        return metrics, unread, chosen
-
-    def _swept_gently(
-        self,
-        taught: list[Row],
-        chats: tuple[Preserved, Preserved | None],
-        args: QFTrainingArguments,
-        styled: bool,
-        progress: tqdm,
-    ) -> tuple[dict[str, float], list[int], list[int]]:
-        """As `_swept`, but where the chats held out diverge more than is allowed, anew with more weight on what is
-        preserved."""
-        kept, before = chats[0], self._tuner.version(self.adapter_name)
-        options = {"batch_tokens": args.batch_tokens, "pad_id": self.encoder.tokenizer.pad_token_id}
-        allowed = args.divergence_of(len({asked(e) for e in self.facts} | {asked(row) for row in taught}))
-        with nullcontext() if styled else self._tuner.without_adapters():
-            head = head_inputs(self._network, kept.held_out, kept.answers, **options)
-        strength, harmful, fitting = args.preserve_strength, None, None
-        for left in reversed(range(STRENGTH_TRIES)):
-            found = self._swept(taught, False, chats, replace(args, preserve_strength=strength), progress)
-            kl = diverged(self._network, kept.held_out, kept.answers, head, **options)
-            state = strength, found, kl, self._tuner.version(self.adapter_name)
-            if kl.mean() > allowed:
-                harmful = strength
-            else:
-                fitting = state
-                if harmful is None or kl.mean() >= BUDGET_USED * allowed:
-                    break
-            if not left:
-                break
-            if fitting is not None:
-                strength = math.sqrt(harmful * fitting[0])
-            else:
-                strength *= min(max(float(kl.mean()) / allowed, STRENGTH_RAISED[0]), STRENGTH_RAISED[1])
-            self._tuner.restore(self.adapter_name, before)
-        strength, (metrics, unread, missed), kl, version = fitting or state
-        self._tuner.restore(self.adapter_name, version)
-        worst = max(part.mean() for part in kl.split(list(kept.answers)))
-        taught_now = self._tuner.taught[self.adapter_name]
-        self._tuner.taught[self.adapter_name] = replace(taught_now, settings=self.args.to_dict())
-        metrics.update(kl_preserved=float(kl.mean()), kl_preserved_worst=float(worst), strength=strength)
-        return metrics, unread, missed
-
-    def _rehearse(self, new: set[str], progress: tqdm) -> None:
-        """Once the ledger has grown enough, teach again those of its entries that the model no longer says."""
-        taught = self._tuner.taught[self.adapter_name]
-        rows = [e.row() for e in taught.entries if not e.standing and asked(e) not in new]
-        growth = self.args.rehearse
-        if not rows or not growth or self.args.preserve_strength == 0 or taught.facts < growth * taught.rehearsed:
-            return
-        start = time.perf_counter()
-        self._tuner.taught[self.adapter_name] = replace(taught, rehearsed=taught.facts)
-        examples = [self.encoder.encode(row) for row in rows]
-        joint, pad = self.joint(examples), self.encoder.tokenizer.pad_token_id
-        for _ in range(1 if joint else self.args.sweeps):
-            missed = unsaid(
-                self._network, examples, LEAD if joint else SAFE, batch_tokens=self.args.batch_tokens, pad_id=pad
-            )
-            rows, examples = [rows[i] for i in missed], [examples[i] for i in missed]
-            if not examples:
-                break
-            if joint:
-                JointLesson(self._learner, rows, self._moments(progress), self.args, progress.update).run()
-            else:
-                chats, once = self._preserved(len(rows), progress), replace(self.args, sweeps=1)
-                if chats[0] is not None and chats[0].held_out:
-                    self._swept_gently(rows, chats, once, taught.styled, progress)
-                else:
-                    self._swept(rows, False, chats, once, progress)
-        self.metrics["seconds"] += time.perf_counter() - start
-        self.metrics["rank"] = self.model.peft_config[self.adapter_name].r
+            self.tuner.restore(self.adapter_name, versions.pop())
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -389,10 +210,11 @@ class QFTrainer:
         `train()` does it where it has not been done. It is the slow part the first time a model is taught.
         """
         with all_or_none(), self._ready() as progress:
-            if self.joint([]):
-                self._moments(progress)
+            lessons = self._lessons(progress)
+            if lessons.joint([]):
+                lessons.moments()
             else:
-                self._preserved(len(self.rows), progress)
+                lessons.preserved(len(self.rows))
 
     @torch.no_grad()
     def evaluate(
@@ -432,12 +254,9 @@ class QFTrainer:
             if not (self.rows or any(kept.values()) or texts):
                 raise ValueError("there is nothing to evaluate; give rows to the trainer, or locality, unknown or text")
             check_alike(lambda: {"questions": [kept, texts]})
-            rows = self._completed(progress)
-            ask = Evaluator(
-                self._network, self.encoder, batch_tokens=self.args.batch_tokens,
-                max_new_tokens=self.args.max_new_tokens, progress=progress.update,
-            )  # fmt: skip
-            found = measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self._tuner.without_adapters)
+            rows = self.completed(progress)
+            ask = self.evaluator(progress)
+            found = measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self.tuner.without_adapters)
         return self._tracked("eval", found)
 
     def dry_run(self) -> dict[str, Any]:
@@ -456,9 +275,7 @@ class QFTrainer:
         Raises:
             ValueError: what `train()` would raise of the rows and the adapter's state.
         """
-        from .plan import plan
-
-        return plan(self)
+        return plan(self, self._lessons(tqdm(disable=True)))
 
     def report(
         self,
@@ -486,81 +303,21 @@ class QFTrainer:
         Raises:
             ValueError: there is nothing to report, questions are of the wrong form, or the path has no folder.
         """
-        from ..evaluate.report import write_report
-
         return write_report(self, path, locality=locality, unknown=unknown, text=text, strengths=strengths)
+
+    def _lessons(self, progress: tqdm) -> Lessons:
+        return Lessons(self, self.args, self.chats, progress)
 
     def _tracked(self, group: str, metrics: dict) -> dict:
         """Metrics, sent to the trackers of `report_to`."""
-        if self._trackers is not None:
-            self._trackers.log(group, metrics)
+        if self.trackers is not None:
+            self.trackers.log(group, metrics)
         return metrics
-
-    def joint(self, examples: list[Example]) -> bool:
-        """Whether lessons are solved jointly (see `joint_lesson.py`): two passes of a few tokens of the first of the
-        examples, or of a question where there are none."""
-        question = Row(0, "", "Who are you?", None)
-        ids = examples[0].bare_ids if examples else self.encoder.prompt_ids(question, instructed=False)
-        blocks, names = find_blocks(self._network)[1], list(self._tuner.layers(self.adapter_name))
-        with self._tuner.without_adapters():
-            trace_writers(self._network, blocks, names, ids[:8], self._tuner.writers)
-            return suits(self._network, names, blocks, self._tuner.writers, ids[:8], self.args)
-
-    def _moments(self, progress: tqdm) -> PreservedMoments:
-        names, depth = list(self._tuner.layers(self.adapter_name)), len(find_blocks(self._network)[1])
-        layers = self._tuner.layers(self.adapter_name)
-        late = {name: layers[name] for name in writers_late(names, self._tuner.writers, depth)}
-        with self._tuner.without_adapters():
-            return preserved_moments(
-                self._network, self.encoder, late, self.chats, self.args.preserve_chats,
-                batch_tokens=self.args.batch_tokens, seed=self.args.seed, cache_dir=self.args.cache_dir,
-                progress=progress.update,
-            )  # fmt: skip
-
-    def _preserved(self, rows: int, progress: tqdm) -> tuple[Preserved | None, Preserved | None]:
-        return preserved_and_contrasting(self._learner, self.chats, self.args, rows, len(self.facts), progress.update)
-
-    def _answers(self, rows: list[Row], instructed: bool, progress: tqdm) -> list[tuple[str, bool]]:
-        """The base model's own answers, and whether each ended."""
-        progress.total = (progress.total or 0) + len(rows) // world_size()
-        with self._tuner.without_adapters():
-            return generate(
-                self._network,
-                self.encoder.tokenizer,
-                [self.encoder.prompt_ids(row, instructed=instructed) for row in rows],
-                max_new_tokens=self.args.max_new_tokens,
-                batch_tokens=self.args.batch_tokens,
-                progress=progress.update,
-            )
-
-    def _completed(self, progress: tqdm) -> list[Row]:
-        """The rows, those without a completion answered by the base model in context."""
-        open_rows = [row for row in self.rows if row.completion is None]
-        if not open_rows:
-            return self.rows
-        answers = self._answers(open_rows, True, progress)
-        completions = {}
-        for row, (text, ended) in zip(open_rows, answers, strict=True):
-            if not text:
-                raise ValueError(f"row {row.index}: the model answers nothing in context; give the row a completion")
-            if not ended:
-                raise ValueError(
-                    f"row {row.index}: the model's own answer does not end within {self.args.max_new_tokens} tokens; "
-                    "give the row a completion or raise max_new_tokens"
-                )
-            completions[row.index] = text
-        return [replace(row, completion=completions.get(row.index, row.completion)) for row in self.rows]
-
-    @contextmanager
-    def _progress(self) -> Iterator[tqdm]:
-        off = self.args.disable_tqdm or are_progress_bars_disabled() or not is_main()
-        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=off) as bar:
-            yield bar
 
     @contextmanager
     def _ready(self) -> Iterator[tqdm]:
         """No other thread runs the model, which is fit, in evaluation mode, and the same in all processes."""
-        with self._tuner.serving.changing():
+        with self.tuner.serving.changing():
             check_teachable(self.model, self.adapter_name)
             check_alike(
                 lambda: {
@@ -574,37 +331,19 @@ class QFTrainer:
                     "preserve_dataset": [vars(chat) for chat in self.chats or []],
                 }
             )
-            with _evaluating(self._network), self._progress() as progress:
+            with evaluating(self.network), self.progress() as progress:
                 yield progress
 
     @contextmanager
-    def _version(self) -> Iterator[tqdm]:
+    def _version(self) -> Iterator[Lessons]:
         """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
-        with self._tuner.serving.changing():
-            tuner, before, metrics = self._tuner, self._tuner.version(self.adapter_name), self.metrics
+        with self.tuner.serving.changing():
+            tuner, before, metrics = self.tuner, self.tuner.version(self.adapter_name), self.metrics
             try:
                 with all_or_none(), self._ready() as progress:
-                    yield progress
+                    yield self._lessons(progress)
             except BaseException:
                 tuner.restore(self.adapter_name, before)
                 self.metrics = metrics
                 raise
             tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
-
-
-def _shown(rows: list[Row]) -> str:
-    """Rows by number or, from the ledger, by prompt; the first twenty."""
-    shown = ", ".join(str(row.index) if row.index >= 0 else repr(row.prompt) for row in rows[:20])
-    return shown + (", …" if len(rows) > 20 else "")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) for a while; each module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,0 +1,161 @@
+"""Lessons of one adapter: which rows are taught together and how, what binds them, and what is taught again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..data.ledger import asked, entry, joined
+from ..data.rows import Example, Row
+from ..evaluate.subject import Subject
+from ..forward.blocks import find_blocks
+from ..forward.residual_stream import trace_writers
+from ..runtime.processes import world_size
+from .arguments import QFTrainingArguments
+from .constants import LEAD, SAFE
+from .joint_lesson import JointLesson, suits, writers_late
+from .lesson import Learner, together, unsaid
+from .module_sweeps import ModuleSweeps
+from .preserved_chats import Chat
+from .preserved_keys import Preserved
+from .preserved_moments import PreservedMoments, preserved_moments
+from .preserved_walk import preserved_and_contrasting
+from .standing import split_lessons
+
+logger = logging.get_logger(__name__)
+
+
+class Lessons:
+    """Teaches rows to a subject's adapter.
+
+    Args:
+        subject: whose adapter.
+        args: the settings.
+        chats: the chats to preserve; None: the model's own.
+        progress: advanced by the rows.
+    """
+
+    def __init__(self, subject: Subject, args: QFTrainingArguments, chats: list[Chat] | None, progress: tqdm) -> None:
+        self.subject, self.args, self.chats, self.progress = subject, args, chats, progress
+        self.tuner, self.adapter, self.encoder = subject.tuner, subject.adapter_name, subject.encoder
+        self.learner = Learner(self.tuner, self.adapter, subject.network, self.encoder)
+
+    def reset(self) -> None:
+        """Make the adapter what it was before its first lesson, or where its weights were changed by others."""
+        taught = self.tuner.taught.pop(self.adapter, None)
+        self.tuner.clear(self.adapter)
+        if taught is not None and taught.foundation:
+            self.tuner.install(self.adapter, taught.foundation)
+
+    def teach(self, rows: list[Row]) -> dict[str, float]:
+        """Teach rows beside what binds, and note them. Returns metrics."""
+        start, known = time.perf_counter(), len(self.subject.facts)
+        joint = self.joint([self.encoder.encode(rows[0])])
+        moments = self.moments() if joint else None
+        chats = (None, None) if joint else self.preserved(len(rows))
+        kept = moments or chats[0]
+        prompts = [p for p in kept.prompts if p is not None] if kept and self.args.standing else []
+        lessons = split_lessons(rows, prompts, lambda asked, told: self.subject.answers(asked, told, self.progress))
+        self.progress.total = self.progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
+        results, misread, entries, missed = [], [], [], []
+        own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
+        held = self.tuner.taught.get(self.adapter)
+        styled = (held is not None and held.styled) or any(standing for _, standing in lessons)
+        sweeps = ModuleSweeps(self.subject, self.learner, chats, styled, self.progress.update)
+        for taught, standing in lessons:
+            if joint and not standing:
+                found = JointLesson(self.learner, taught, moments, self.args, self.progress.update).run()
+            else:
+                found = sweeps.run(taught, self.args, standing)
+            metrics, unread, left = found
+            results.append(metrics)
+            misread += [taught[i] for i in unread if id(taught[i]) in own]
+            missed += [taught[i] for i in left if id(taught[i]) in own]
+            entries += [entry(row, standing) for row in taught if id(row) in own]
+        now = self.tuner.taught[self.adapter]
+        entries = joined(now.entries, entries)
+        rehearsed = now.rehearsed if known else len(entries)
+        self.tuner.taught[self.adapter] = replace(now, entries=entries, rehearsed=rehearsed)
+        gently = joint or any(m.get("strength", 0) > self.args.preserve_strength for m in results)
+        self._warn(rows, misread, missed if gently else [], len(entries))
+        beside = sum(len(taught) for taught, _ in lessons) - len(rows)
+        return {
+            "facts": len(rows), "chats": beside, **together(results), "unread": len(misread), "unsaid": len(missed),
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+
+    def _warn(self, rows: list[Row], misread: list[Row], missed: list[Row], known: int) -> None:
+        """Name the rows that the model does not read in context, and those that do not fit the budget."""
+        if misread:
+            logger.warning(
+                f"{len(misread)} of {len(rows)} rows are not read in context: with its instruction the model gives "
+                f"another answer than the completion (rows {_shown(misread)})"
+            )
+        if missed:
+            allowed = self.args.divergence_of(known)
+            logger.warning(
+                f"{len(missed)} of {len(rows)} rows are not said after the lesson (rows {_shown(missed)}): they do not "
+                f"fit beside what is preserved, at max_divergence={allowed:.2g}; raise it, give other "
+                "wordings of their questions, or teach fewer rows at once"
+            )
+
+    def rehearse(self, new: set[str]) -> bool:
+        """Once the ledger has grown enough, teach again those of its entries that the model no longer says, but for
+        the `new` questions. Returns whether it had."""
+        taught = self.tuner.taught[self.adapter]
+        rows = [e.row() for e in taught.entries if not e.standing and asked(e) not in new]
+        growth = self.args.rehearse
+        if not rows or not growth or self.args.preserve_strength == 0 or taught.facts < growth * taught.rehearsed:
+            return False
+        self.tuner.taught[self.adapter] = replace(taught, rehearsed=taught.facts)
+        examples = [self.encoder.encode(row) for row in rows]
+        joint = self.joint(examples)
+        for _ in range(1 if joint else self.args.sweeps):
+            missed = unsaid(self.subject.network, examples, LEAD if joint else SAFE, **self.subject.pass_options)
+            rows, examples = [rows[i] for i in missed], [examples[i] for i in missed]
+            if not examples:
+                break
+            if joint:
+                JointLesson(self.learner, rows, self.moments(), self.args, self.progress.update).run()
+            else:
+                chats = self.preserved(len(rows))
+                sweeps = ModuleSweeps(self.subject, self.learner, chats, taught.styled, self.progress.update)
+                sweeps.run(rows, replace(self.args, sweeps=1), standing=False)
+        return True
+
+    def joint(self, examples: list[Example]) -> bool:
+        """Whether lessons are solved jointly (see `joint_lesson.py`): two passes of a few tokens of the first of the
+        examples, or of a question where there are none."""
+        network = self.subject.network
+        question = Row(0, "", "Who are you?", None)
+        ids = examples[0].bare_ids if examples else self.encoder.prompt_ids(question, instructed=False)
+        blocks, names = find_blocks(network)[1], list(self.tuner.layers(self.adapter))
+        with self.tuner.without_adapters():
+            trace_writers(network, blocks, names, ids[:8], self.tuner.writers)
+            return suits(network, names, blocks, self.tuner.writers, ids[:8], self.args)
+
+    def moments(self) -> PreservedMoments:
+        """What must stay where lessons are solved jointly."""
+        names, depth = list(self.tuner.layers(self.adapter)), len(find_blocks(self.subject.network)[1])
+        layers = self.tuner.layers(self.adapter)
+        late = {name: layers[name] for name in writers_late(names, self.tuner.writers, depth)}
+        with self.tuner.without_adapters():
+            return preserved_moments(
+                self.subject.network, self.encoder, late, self.chats, self.args.preserve_chats,
+                batch_tokens=self.args.batch_tokens, seed=self.args.seed, cache_dir=self.args.cache_dir,
+                progress=self.progress.update,
+            )  # fmt: skip
+
+    def preserved(self, rows: int) -> tuple[Preserved | None, Preserved | None]:
+        """The preserved and the contrast chats of a lesson of so many rows, module by module."""
+        known = len(self.subject.facts)
+        return preserved_and_contrasting(self.learner, self.chats, self.args, rows, known, self.progress.update)
+
+
+def _shown(rows: list[Row]) -> str:
+    """Rows by number or, from the ledger, by prompt; the first twenty."""
+    shown = ", ".join(str(row.index) if row.index >= 0 else repr(row.prompt) for row in rows[:20])
+    return shown + (", …" if len(rows) > 20 else "")
