@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_package(built):
         names = {name for name in file.namelist() if ".dist-info/" not in name}
         metadata = file.read(f"qf_peft-{VERSION}.dist-info/METADATA").decode()
     assert names == package_files()
-    assert {"qf_peft/py.typed", "qf_peft/card_template.md", "qf_peft/report_template.html"} <= names
+    assert {"qf_peft/py.typed", "qf_peft/share/card_template.md", "qf_peft/evaluate/report_template.html"} <= names
     assert any(name.startswith("qf_peft/tiny_model/") and name.endswith(".safetensors") for name in names)
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Dist: peft" in metadata
     for extra in PROJECT["optional-dependencies"]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from typing import Any
 
 from .rows import Row, Text, read_messages
+
+_SHARED = tuple(field.name for field in fields(Row) if field.name != "index")  # by rows and entries
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,16 @@ class Entry:
 
     def row(self) -> Row:
         """The row to be taught again; of no place in a dataset."""
-        return Row(
-            -1, self.instruction, self.prompt, self.completion, self.significance, self.wordings, self.standing,
-            self.date, self.settled,
-        )  # fmt: skip
+        return Row(-1, **{name: getattr(self, name) for name in _SHARED})
 
 
 def entry(row: Row, standing: bool = False) -> Entry:
     """A row that was just taught, or taught again (its date stays); its completion must be known."""
     content = json.dumps([row.instruction, row.prompt, row.completion])
-    return Entry(
-        hashlib.sha256(content.encode()).hexdigest()[:12], row.instruction, row.prompt, str(row.completion),
-        row.significance, row.date or datetime.now(timezone.utc).isoformat(timespec="seconds"), standing,
-        row.wordings, row.settled,
-    )  # fmt: skip
+    shared = {name: getattr(row, name) for name in _SHARED}
+    shared["date"] = row.date or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    shared.update(completion=str(row.completion), standing=standing)
+    return Entry(hashlib.sha256(content.encode()).hexdigest()[:12], **shared)
 
 
 def asked(of: Row | Entry) -> str:

@@ -33,9 +33,7 @@ TEMPLATE = "report_template.html"
 class Answers:
     """A question and what was said to it."""
 
-    instruction: str
-    prompt: str
-    expected: str | None
+    row: Row
     before: str
     """By the base model."""
     in_context: str
@@ -45,6 +43,18 @@ class Answers:
     tokens: TokenRow | None
     taught: str
     """When, or "" if it was not."""
+
+    @property
+    def instruction(self) -> str:
+        return in_words(self.row.instruction)
+
+    @property
+    def prompt(self) -> str:
+        return in_words(self.row.prompt)
+
+    @property
+    def expected(self) -> str | None:
+        return self.row.completion
 
 
 class _Remembering(Evaluator):
@@ -138,19 +148,8 @@ def _asked(
     for i, row in enumerate(rows):
         goal = base[i] if row.completion is None else normalise(row.completion)
         right = said[i] is not None and said[i] == goal and (taught or said[i] == base[i])
-        found.append(
-            Answers(
-                in_words(row.instruction),
-                in_words(row.prompt),
-                row.completion,
-                before[i],
-                told[i],
-                now[i],
-                right,
-                tokens[i] if taught else None,
-                dates.get((asked(row), row.completion), ""),
-            )
-        )
+        shown, date = (tokens[i] if taught else None), dates.get((asked(row), row.completion), "")
+        found.append(Answers(row, before[i], told[i], now[i], right, shown, date))
     return found
 
 

@@ -92,17 +92,8 @@ class Walk:
                 handle = block.register_forward_pre_hook(note(index), with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(passed_through(self.blocks, range(last + 1, len(self.blocks))))
-            found = forward_pass(
-                self.network,
-                self.sequences,
-                self.kept,
-                points,
-                on_batch=start,
-                on_prefix=lambda: start(None),
-                whole=True,
-                **self.options,
-                **options,
-            )
+            asked = {**self.options, **options, "on_batch": start, "on_prefix": lambda: start(None), "whole": True}
+            found = forward_pass(self.network, self.sequences, self.kept, points, **asked)
         self.steps += (last + 1) / len(self.blocks)
         return found
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,10 @@ from . import constants as tuned
 from .arguments import QFTrainingArguments
 from .contrast import contrast_rows
 from .held_out import HeldOutChats, Strays
+from .joint_fit import JointFit, Steps
 from .lesson import Learner, Lesson
 from .preserved_moments import PreservedMoments
-from .targets import leads, pushed, read_off
+from .targets import Reading, leads, pushed, read_off
 from .thinned import asked_as, thinned
 
 
@@ -55,43 +55,6 @@ def suits(
     points = {"stream": Point(blocks[-1], "output"), "head": Point(network.get_output_embeddings(), "input")}
     found = forward_pass(network, [ids], [len(ids) - 1], points, batch_tokens=len(ids), pad_id=ids[0])
     return Unembedding.find(network, blocks, found["stream"], found["head"]) is not None
-
-
-@dataclass
-class _Fit:
-    """What a lesson's least squares is fitted to: n positions, the rows' own first."""
-
-    system: JointSystem
-    present: dict[str, LowRankDelta]
-    """By module, what the adapter holds before the lesson."""
-    walk: Walk
-    """The bare sequences, halted before the first taught block."""
-    unembedding: Unembedding
-    gold: Tensor
-    """(n): the completions' tokens."""
-    taught: Tensor
-    """(n): whether a position is taught."""
-    own: slice
-    """The positions of the rows' own prompts; behind them are those of other wordings."""
-    lead: Tensor
-    """(n): by how many nats the gold token led before."""
-    margin: Tensor
-    """(n): by how many it shall lead."""
-    needed: Tensor
-    """(n): the same, but for what helps answers to begin as taught."""
-    passed: float = 1.0
-    """How much of a write reaches the end, in nats."""
-
-    @property
-    def moving(self) -> Tensor:
-        """(n): the taught positions where something is missing."""
-        return self.taught & (self.lead < self.margin - 1e-3)
-
-    def lowered(self, wanted: Tensor, margin: Tensor) -> Tensor:
-        """Lower the margin: what is left of a wanted change of the stream (n, d)."""
-        part = (margin - self.lead) / (self.margin - self.lead).clamp(min=1e-3)
-        self.margin = margin
-        return wanted * part.clamp(0, 1)[:, None]
 
 
 class JointLesson(Lesson):
@@ -136,133 +99,129 @@ class JointLesson(Lesson):
         answer), `kl_preserved` and `kl_preserved_worst` (KL from the base's predictions at the held-out chats'
         answers, in nats: the mean, and the worst chat's), and `ridge`.
         """
-        depth, known = len(self.blocks), self._known()
+        known = self._known()
         candidates = [name for name in self._candidates(known) if name in self.moments.moments]
-        ends = {"stream": Point(self.blocks[-1], "output"), "head": Point(self.head, "input")}
-        with self.tuner.without_adapters():
-            context = forward_pass(
-                self.network, [e.context_ids for e in self.examples[: self.own]], self.kept[: self.own], ends,
-                **self.options,
-            )  # fmt: skip
+        context = self._in_context()
         streams = {f"block {i}": Point(self.blocks[i], "output") for i in {self.index[n] for n in candidates}}
         keys = {name: Point(self.layers[name], "input") for name in candidates}
         walk = Walk(self.network, self.blocks, self.index[candidates[0]], self.bare, self.kept, **self.options)
-        found = walk.begin({**streams, **keys, **ends}, depth - 1)
+        found = walk.begin({**streams, **keys, **self.ends}, len(self.blocks) - 1)
         unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
-        stream, gold = found["stream"], self.gold.to(found["stream"].device)
-        own = slice(0, len(context["stream"]))  # the rows' own prompts; behind them are their other wordings
-        before = read_off(unembedding, context["stream"], stream[own], gold[own])
-        lead = leads(unembedding, stream, gold)
         chosen = self._chosen(candidates, found, known)
-        new = self._new(lead)
-        taught = self.answered.to(stream.device)
-        significance = self.weights.to(stream.device)[taught]
-
-        rows = self._contrasting(new)
-        near, aside = self._near(chosen, rows), rows[tuned.CONTRASTS_ASIDE - 1 :: tuned.CONTRASTS_ASIDE]
-        halted = Walk(self.network, self.blocks, self.index[chosen[0]], aside, [1] * len(aside), **self.unseen)
-        strays = Strays(halted, ends["stream"], unembedding, self._objects(new))
-        kept = self.moments
-        halted = Walk(self.network, self.blocks, self.index[chosen[0]], kept.held_out, kept.answers, **self.unseen)
-        chats = HeldOutChats(halted, ends["stream"], unembedding, None if known.styled else kept.head)
-        self.allowed = self.args.divergence_of(known.facts + self.own)
-        bounds = {name: self._bound(name, known, near.get(name), stream.device) for name in chosen}
-        system = JointSystem({name: found[name][taught] for name in chosen}, bounds, significance)
-        present = {
-            name: (known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)).to(stream.device)
-            for name in chosen
-        }
         walk.advance(self.index[chosen[0]])
-        needed = tuned.LEAD + tuned.SURPLUS * (-lead).clamp(min=0)
-        margin = torch.where(self._beginnings(new).to(needed.device), needed.clamp(min=tuned.BEGUN_LEAD), needed)
-        aimed, _ = pushed(unembedding, stream, gold, margin)
-        fit = _Fit(system, present, walk, unembedding, gold, taught, own, lead, margin, needed)
-        wanted, strayed = self._without_strays(fit, strays, aimed - stream)
-        wanted, ridge, kl = self._within_budget(fit, chats, wanted)
-        for name in chosen:
-            bounds[name].update(found[name][taught], significance / system.ridge(ridge))
-            known.bound[name] = bounds[name].compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT))
-            known.tokens.pop(name, None)
-            known.offset.pop(name, None)
-        known.delta.update(self._write(system, wanted[taught], ridge, present, last=True))
-        after = walk.look(depth - 1, {"stream": ends["stream"]})["stream"]
-        reading = read_off(unembedding, context["stream"], after[own], gold[own])
+
+        steps, new = self._steps(unembedding, found["stream"], len(context["stream"]))
+        before = read_off(unembedding, context["stream"], found["stream"][steps.own], steps.gold[steps.own])
+        rows = self._contrasting(new)
+        strays, chats = self._unseen(chosen, unembedding, known, rows, new)
+        bounds, system, present = self._system(chosen, found, steps, known, rows)
+        begun = steps.needed.clamp(min=tuned.BEGUN_LEAD)
+        margin = torch.where(self._beginnings(new).to(begun.device), begun, steps.needed)
+
+        def write(wanted: Tensor, ridge: float) -> None:
+            self._write(system, wanted, ridge, present)
+
+        fit = JointFit(walk, self.ends["stream"], unembedding, steps, write, margin)
+        aimed, _ = pushed(unembedding, found["stream"], steps.gold, margin)
+        wanted, strayed = fit.without_strays(strays, aimed - found["stream"])
+        wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(known.facts + self.own))
+
+        self._bind(known, bounds, {name: found[name][steps.taught] for name in chosen}, system, ridge)
+        known.delta.update(self._write(system, wanted[steps.taught], ridge, present, last=True))
+        after = walk.look(len(self.blocks) - 1, {"stream": self.ends["stream"]})["stream"]
+        reading = read_off(unembedding, context["stream"], after[steps.own], steps.gold[steps.own])
         self.options["progress"](len(self.examples))
         self._finish(known)
-        moved = ((reading.lead.to(lead) - lead[own]) / (fit.margin - lead)[own])[fit.moving[own]]
-        blocks = sorted({self.index[name] for name in chosen})
-        metrics = {
-            "taught_tokens": len(before.lead),
-            "wordings": len(self.examples) - self.own,
-            "kl_before": float(before.divergence.mean()),
-            "kl_after": float(reading.divergence.mean()),
-            "residual_left": float((1 - moved).clamp(min=0).mean()) if len(moved) else 0.0,
-            "rank": self.tuner.peft_config[self.adapter].r,
-            "forward_passes": round(1 + walk.steps, 2),
-            "first_block": blocks[0],
-            "last_block": blocks[-1],
+        metrics = self._metrics(fit, before, reading, chosen) | {
             "contrasts": len(rows),
             "strayed": strayed,
             "kl_preserved": float(kl.mean()),
-            "kl_preserved_worst": float(max(part.mean() for part in kl.split(kept.answers))),
+            "kl_preserved_worst": float(max(part.mean() for part in kl.split(self.moments.answers))),
             "ridge": ridge,
         }
         rest = torch.zeros(len(self.gold) - len(reading.lead), dtype=torch.bool)
-        unread = torch.cat([before.read.cpu() != self.gold[own], rest])
+        unread = torch.cat([before.read.cpu() != self.gold[steps.own], rest])
         return metrics, self._any(unread), self._any(torch.cat([reading.lead.cpu() < 0, rest]))
 
-    def _without_strays(self, fit: _Fit, strays: Strays, wanted: Tensor) -> tuple[Tensor, float]:
-        """Fit, and lower the surplus until few contrasting rows that are held out are given taught answers: the change
-        of the stream (n, d) that is solved for, and the share of those rows that still are."""
-        wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES)
-        share = strays.share()
-        shrinks = 0
-        while share > tuned.STRAYS and shrinks < tuned.SURPLUS_SHRINKS:
-            wanted = fit.lowered(wanted, tuned.LEAD + (fit.margin - tuned.LEAD) * tuned.SURPLUS_SHRUNK)
-            wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES_BETWEEN, again=True)
-            share, shrinks = strays.share(), shrinks + 1
-        if shrinks:
-            wanted = self._fitted(fit, wanted, tuned.RIDGE, tuned.PASSES_AGAIN, again=True)
-            share = strays.share()
-        return wanted, share
+    @property
+    def ends(self) -> dict[str, Point]:
+        """Where the stream ends, and what the unembedding reads."""
+        return {"stream": Point(self.blocks[-1], "output"), "head": Point(self.head, "input")}
 
-    def _within_budget(self, fit: _Fit, chats: HeldOutChats, wanted: Tensor) -> tuple[Tensor, float, Tensor]:
-        """Raise the ridge until the held-out chats diverge no more than allowed: the change of the stream (n, d) that
-        is solved for at last, the ridge, and the divergence (positions) of what is installed then."""
-        ridge = tuned.RIDGE
-        for attempt in range(tuned.RIDGE_TRIES):
-            kl = chats.divergence()
-            if kl.mean() <= self.allowed:
-                return wanted, ridge, kl
-            if attempt == 0:  # what is least needed goes first
-                wanted = fit.lowered(wanted, torch.minimum(fit.margin, fit.needed))
-            # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
-            raised = float(kl.mean()) / self.allowed
-            ridge *= min(max(raised, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
-            wanted = wanted if attempt < tuned.RIDGE_TRIES // 2 else wanted / raised
-            wanted = self._fitted(fit, wanted, ridge, tuned.PASSES_AGAIN, again=True)
-        return wanted, ridge, chats.divergence()
+    def _in_context(self) -> dict[str, Tensor]:
+        """The rows' own prompts with their instructions, by the base model, at the ends."""
+        rows = [e.context_ids for e in self.examples[: self.own]]
+        with self.tuner.without_adapters():
+            return forward_pass(self.network, rows, self.kept[: self.own], self.ends, **self.options)
 
-    def _fitted(self, fit: _Fit, wanted: Tensor, ridge: float, passes: int, again: bool = False) -> Tensor:
-        """Solve for a change of the stream, look at what it does in the model, and correct it by what is missing:
-        the change that is installed at last."""
-        for step in range(passes):
-            self._write(fit.system, wanted[fit.taught], ridge, fit.present)
-            if step == passes - 1:
-                break
-            after = fit.walk.look(len(self.blocks) - 1, {"stream": Point(self.blocks[-1], "output")})["stream"]
-            aimed, now = pushed(fit.unembedding, after, fit.gold, fit.margin)
-            late = again or step >= tuned.PASSES_EVERYWHERE  # from here on only for what is not said yet
-            if late and bool((now > tuned.LEAD / 2)[fit.own][fit.taught[fit.own]].all()):
-                break
-            if not again and step == 0 and bool(fit.moving.any()):
-                part = ((now - fit.lead) / (fit.margin - fit.lead))[fit.moving].median()
-                fit.passed = float(part.clamp(tuned.LEAST_PASSED, 1.0))
-            more = (aimed - after) / fit.passed
-            if late:
-                more = more * (now < tuned.LEAD).to(more)[:, None]
-            wanted = wanted + more
-        return wanted
+    def _steps(self, unembedding: Unembedding, stream: Tensor, own: int) -> tuple[Steps, list[int]]:
+        """The taught positions, of which so many are the rows' own, and by row the answer's step that says what is
+        new."""
+        gold = self.gold.to(stream.device)
+        lead = leads(unembedding, stream, gold)
+        needed = tuned.LEAD + tuned.SURPLUS * (-lead).clamp(min=0)
+        return Steps(gold, self.answered.to(stream.device), slice(0, own), lead, needed), self._new(lead)
+
+    def _unseen(
+        self,
+        chosen: list[str],
+        unembedding: Unembedding,
+        known: TaughtAdapter,
+        rows: list[list[int]],
+        new: list[int],
+    ) -> tuple[Strays, HeldOutChats]:
+        """What the solve does not see: contrasting rows, and preserved chats."""
+        aside, first, kept = rows[tuned.CONTRASTS_ASIDE - 1 :: tuned.CONTRASTS_ASIDE], chosen[0], self.moments
+        walk = Walk(self.network, self.blocks, self.index[first], aside, [1] * len(aside), **self.unseen)
+        strays = Strays(walk, self.ends["stream"], unembedding, self._objects(new))
+        walk = Walk(self.network, self.blocks, self.index[first], kept.held_out, kept.answers, **self.unseen)
+        head = None if known.styled else kept.head
+        return strays, HeldOutChats(walk, self.ends["stream"], unembedding, head)
+
+    def _system(
+        self, chosen: list[str], found: dict[str, Tensor], steps: Steps, known: TaughtAdapter, rows: list[list[int]]
+    ) -> tuple[dict[str, SecondMoment], JointSystem, dict[str, LowRankDelta]]:
+        """What must stay of each module, the least squares beside it, and the modules' present changes."""
+        device, near = found["stream"].device, self._near(chosen, rows)
+        bounds = {name: self._bound(name, known, near.get(name), device) for name in chosen}
+        significance = self.weights.to(device)[steps.taught]
+        system = JointSystem({name: found[name][steps.taught] for name in chosen}, bounds, significance)
+        present = {
+            name: (known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)).to(device)
+            for name in chosen
+        }
+        return bounds, system, present
+
+    def _bind(
+        self,
+        known: TaughtAdapter,
+        bounds: dict[str, SecondMoment],
+        keys: dict[str, Tensor],
+        system: JointSystem,
+        ridge: float,
+    ) -> None:
+        """Let what is taught now bind later lessons."""
+        for name, rows in keys.items():
+            bounds[name].update(rows, system.significance.float() / system.ridge(ridge))
+            known.bound[name] = bounds[name].compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT))
+            known.tokens.pop(name, None)
+            known.offset.pop(name, None)
+
+    def _metrics(self, fit: JointFit, before: Reading, after: Reading, chosen: list[str]) -> dict[str, float]:
+        own, lead = fit.steps.own, fit.steps.lead
+        moved = ((after.lead.to(lead) - lead[own]) / (fit.margin - lead)[own])[fit.moving[own]]
+        blocks = sorted({self.index[name] for name in chosen})
+        return {
+            "taught_tokens": len(before.lead),
+            "wordings": len(self.examples) - self.own,
+            "kl_before": float(before.divergence.mean()),
+            "kl_after": float(after.divergence.mean()),
+            "residual_left": float((1 - moved).clamp(min=0).mean()) if len(moved) else 0.0,
+            "rank": self.tuner.peft_config[self.adapter].r,
+            "forward_passes": round(1 + fit.walk.steps, 2),
+            "first_block": blocks[0],
+            "last_block": blocks[-1],
+        }
 
     def _candidates(self, known: TaughtAdapter) -> list[str]:
         """The modules that may be taught: those taught before, or the stream's writers in the later half."""

@@ -144,10 +144,8 @@ class Lessons:
         late = {name: layers[name] for name in writers_late(names, self.tuner.writers, depth)}
         with self.tuner.without_adapters():
             return preserved_moments(
-                self.subject.network, self.encoder, late, self.chats, self.args.preserve_chats,
-                batch_tokens=self.args.batch_tokens, seed=self.args.seed, cache_dir=self.args.cache_dir,
-                progress=self.progress.update,
-            )  # fmt: skip
+                self.subject.network, self.encoder, late, self.chats, self.args, self.progress.update
+            )
 
     def preserved(self, rows: int) -> tuple[Preserved | None, Preserved | None]:
         """The preserved and the contrast chats of a lesson of so many rows, module by module."""

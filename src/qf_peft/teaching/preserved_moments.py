@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..data.rows import Encoder, Text
 from ..forward.capture import Point, forward_pass
 from ..solve.second_moment import SecondMoment
+from .arguments import QFTrainingArguments
 from .constants import FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SINK, SINK_WEIGHT, WRITTEN
 from .generic_prompts import FACTUAL, OPEN, PLAIN
 from .preserved_cache import cached
@@ -48,25 +48,22 @@ def preserved_moments(
     encoder: Encoder,
     modules: Mapping[str, nn.Module],
     chats: list[Chat] | None,
-    own: int | None,
-    *,
-    batch_tokens: int,
-    seed: int,
-    cache_dir: str | Path | None,
+    args: QFTrainingArguments,
     progress: Callable[[int], None] = lambda n: None,
 ) -> PreservedMoments:
-    """The moments of chats given, or of general prompts, plain text and `own` chats that the model writes itself; from
-    the cache where they are in it.
+    """The moments of chats given, or of general prompts, plain text and chats that the model writes itself; from the
+    cache where they are in it.
 
     Args:
         network: the model, its adapters off.
         encoder: its tokenizer's.
         modules: the modules that may be taught, by name.
         chats: what to preserve; None for the default.
-        own: how many chats the model shall write then; None for as many as cost about a minute on two CPU cores.
-        batch_tokens, seed, cache_dir, progress: as in [`preserved_keys.preserved_keys`].
+        args: its `preserve_chats` is how many chats the model shall write then; by default as many as cost about a
+            minute on two CPU cores.
+        progress: called with the number of sequences done.
     """
-    own = own_chats(network) if own is None else own
+    own, batch_tokens, seed = args.preserve_chats or own_chats(network), args.batch_tokens, args.seed
     content = [(c.prompt, c.completion, c.text) for c in chats] if chats is not None else own
     names = sorted(modules)
 
@@ -80,7 +77,7 @@ def preserved_moments(
         moments = {name: _moment(name, header["counts"][name], tensors) for name in names}
         return PreservedMoments(moments, header["prompts"], header["held_out"], header["answers"], tensors["head"])
 
-    return cached("moments", [names, content, seed], network, encoder, cache_dir, make, _pack, unpack)
+    return cached("moments", [names, content, seed], network, encoder, args.cache_dir, make, _pack, unpack)
 
 
 def general_chats() -> list[Chat]:

@@ -1,0 +1,116 @@
+"""A joint lesson's least squares, fitted to what its solution does in the model, and kept within what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..forward.capture import Point
+from ..forward.unembedding import Unembedding
+from ..forward.walk import Walk
+from . import constants as tuned
+from .held_out import HeldOutChats, Strays
+from .targets import pushed
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps at which something is said: n positions, the rows' own first."""
+
+    gold: Tensor
+    """(n): the completions' tokens."""
+    taught: Tensor
+    """(n): whether a position is taught."""
+    own: slice
+    """The positions of the rows' own prompts; behind them are those of other wordings."""
+    lead: Tensor
+    """(n): by how many nats the gold token led before."""
+    needed: Tensor
+    """(n): by how many it shall lead at least."""
+
+
+@dataclass
+class JointFit:
+    """What is asked of a lesson's least squares, and what has come of it."""
+
+    walk: Walk
+    """The bare sequences, halted before the first taught block."""
+    end: Point
+    """Where the stream ends."""
+    unembedding: Unembedding
+    steps: Steps
+    write: Callable[[Tensor, float], object]
+    """Solves for a change of the stream at the taught steps, by a ridge, and puts the solution into the adapter."""
+    margin: Tensor
+    """(n): by how many nats the gold tokens shall lead: what is needed, and more where answers shall begin so."""
+    passed: float = 1.0
+    """How much of a write reaches the end, in nats."""
+
+    @property
+    def moving(self) -> Tensor:
+        """(n): the taught positions where something is missing."""
+        return self.steps.taught & (self.steps.lead < self.margin - 1e-3)
+
+    def lowered(self, wanted: Tensor, margin: Tensor) -> Tensor:
+        """Lower the margin: what is left of a wanted change of the stream (n, d)."""
+        lead = self.steps.lead
+        part = (margin - lead) / (self.margin - lead).clamp(min=1e-3)
+        self.margin = margin
+        return wanted * part.clamp(0, 1)[:, None]
+
+    def fitted(self, wanted: Tensor, ridge: float, passes: int, again: bool = False) -> Tensor:
+        """Solve for a change of the stream, look at what it does in the model, and correct it by what is missing:
+        the change that is installed at last."""
+        steps, last = self.steps, len(self.walk.blocks) - 1
+        for step in range(passes):
+            self.write(wanted[steps.taught], ridge)
+            if step == passes - 1:
+                break
+            after = self.walk.look(last, {"stream": self.end})["stream"]
+            aimed, now = pushed(self.unembedding, after, steps.gold, self.margin)
+            late = again or step >= tuned.PASSES_EVERYWHERE  # from here on only for what is not said yet
+            if late and bool((now > tuned.LEAD / 2)[steps.own][steps.taught[steps.own]].all()):
+                break
+            if not again and step == 0 and bool(self.moving.any()):
+                part = ((now - steps.lead) / (self.margin - steps.lead))[self.moving].median()
+                self.passed = float(part.clamp(tuned.LEAST_PASSED, 1.0))
+            more = (aimed - after) / self.passed
+            if late:
+                more = more * (now < tuned.LEAD).to(more)[:, None]
+            wanted = wanted + more
+        return wanted
+
+    def without_strays(self, strays: Strays, wanted: Tensor) -> tuple[Tensor, float]:
+        """Fit, and lower the surplus until few contrasting rows that are held out are given taught answers: the change
+        of the stream (n, d) that is solved for, and the share of those rows that still are."""
+        wanted = self.fitted(wanted, tuned.RIDGE, tuned.PASSES)
+        share = strays.share()
+        shrinks = 0
+        while share > tuned.STRAYS and shrinks < tuned.SURPLUS_SHRINKS:
+            wanted = self.lowered(wanted, tuned.LEAD + (self.margin - tuned.LEAD) * tuned.SURPLUS_SHRUNK)
+            wanted = self.fitted(wanted, tuned.RIDGE, tuned.PASSES_BETWEEN, again=True)
+            share, shrinks = strays.share(), shrinks + 1
+        if shrinks:
+            wanted = self.fitted(wanted, tuned.RIDGE, tuned.PASSES_AGAIN, again=True)
+            share = strays.share()
+        return wanted, share
+
+    def within_budget(self, chats: HeldOutChats, wanted: Tensor, allowed: float) -> tuple[Tensor, float, Tensor]:
+        """Raise the ridge until the held-out chats diverge by no more than `allowed` nats: the change of the stream
+        (n, d) that is solved for at last, the ridge, and the divergence (positions) of what is installed then."""
+        ridge = tuned.RIDGE
+        for attempt in range(tuned.RIDGE_TRIES):
+            kl = chats.divergence()
+            if kl.mean() <= allowed:
+                return wanted, ridge, kl
+            if attempt == 0:  # what is least needed goes first
+                wanted = self.lowered(wanted, torch.minimum(self.margin, self.steps.needed))
+            # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
+            raised = float(kl.mean()) / allowed
+            ridge *= min(max(raised, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
+            wanted = wanted if attempt < tuned.RIDGE_TRIES // 2 else wanted / raised
+            wanted = self.fitted(wanted, ridge, tuned.PASSES_AGAIN, again=True)
+        return wanted, ridge, chats.divergence()
