@@ -49,7 +49,7 @@ def test_ahead_of_those_that_are_first_now(unembedding):
     unembed, stream, _ = unembedding
     logits = unembed.logits(stream)
     gold, margin = logits.topk(6, 1).indices[:, -1], torch.linspace(0.05, 0.3, 20)
-    moved = ahead_of_rivals(unembed, stream, gold, margin, logits, steps=50)
+    moved, _ = ahead_of_rivals(unembed, stream, gold, margin, logits, steps=50)
     for i in range(20):
         alone = forced(unembed, stream[i : i + 1], gold[i : i + 1], float(margin[i]), logits[i : i + 1], steps=50)[0]
         if lead(unembed.logits(moved[i : i + 1]), gold[i : i + 1])[0] >= margin[i] - 1e-2:

@@ -102,11 +102,8 @@ def chunks(count: int, head: nn.Module) -> Iterator[slice]:
 
 def lead(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     """By how much the gold token's logit exceeds the best other one, and that other token: (n), (n)."""
-    own = logits.gather(1, gold[:, None])[:, 0]
-    best = logits.topk(min(2, logits.shape[1]), dim=1)
-    second = best.indices[:, 0] == gold
-    rival = torch.where(second, best.values[:, -1], best.values[:, 0])
-    return own - rival, torch.where(second, best.indices[:, -1], best.indices[:, 0])
+    rival = logits.scatter(1, gold[:, None], -torch.inf).max(1)
+    return logits.gather(1, gold[:, None])[:, 0] - rival.values, rival.indices
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -97,9 +97,8 @@ def pushed(unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: Tenso
     for part in parts:
         start = stream[part].to(unembedding.head.weight.device)
         own, logits = gold[part].to(start.device), unembedding.logits(start)
-        ahead[part] = lead(logits, own)[0].to(ahead.device)
-        aimed = ahead_of_rivals(unembedding, start, own, margin[part].to(start.device), logits)
-        moved[part] = aimed.to(moved.device)
+        aimed, led = ahead_of_rivals(unembedding, start, own, margin[part].to(start.device), logits)
+        moved[part], ahead[part] = aimed.to(moved.device), led.to(ahead.device)
     join({"moved": moved, "ahead": ahead}, [torch.arange(len(stream))[part] for part in parts])
     return moved, ahead
 
@@ -139,12 +138,13 @@ def forced(
 
 def ahead_of_rivals(
     unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: Tensor, logits: Tensor, steps: int = 8
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As [`forced`], to margins of each one's own (n), but among the tokens that are the first at `stream` only: no
-    logits of the whole vocabulary are computed."""
+    logits of the whole vocabulary are computed. Returns the states, and the leads at `stream` (n)."""
     rivals = logits.scatter(1, gold[:, None], -torch.inf).topk(min(CANDIDATES, logits.shape[1] - 1), 1)
     tokens = torch.cat([gold[:, None], rivals.indices], 1)
     moved, follow, values = stream.clone(), unembedding.rows(tokens), logits.gather(1, tokens)
+    led = values[:, 0] - values[:, 1]
     wanted = reachable(unembedding, follow[:, :1], follow[:, 1:], margin[:, None])
     for _ in range(steps):
         short, worst = (wanted - (values[:, :1] - values[:, 1:])).max(1)
@@ -156,7 +156,7 @@ def ahead_of_rivals(
         there = not_far(stream[rows], here + smallest_step(unembedding, here, near[:, 0], first, short[rows]))
         values[rows] += torch.einsum("nkd,nd->nk", near, unembedding.read(there) - unembedding.read(here))
         moved[rows] = there
-    return moved
+    return moved, led
 
 
 def smallest_step(unembedding: Unembedding, stream: Tensor, gold: Tensor, other: Tensor, nats: Tensor) -> Tensor:
