@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from qf_peft.runtime import devices
 
 DEVICE = torch.device("cpu", 1)  # plain tensors are on "cpu", which is another
 _CROSSING = {"aten::copy_", "aten::_to_copy"}
@@ -91,6 +94,42 @@ def move(model: nn.Module) -> None:
                 if tensor is not None:
                     there = Elsewhere(tensor.detach())
                     store[name] = nn.Parameter(there, requires_grad=False) if store is module._parameters else there
+
+
+def spread(model: nn.Module, block: int) -> nn.Module:
+    """What `device_map="auto"` makes of a model whose blocks from `block` on, and the norm behind them, lie on the
+    second device, and the unembedding, tied to the embedding, on the first: accelerate's hooks on the parts."""
+    first, second = torch.device("cpu"), DEVICE
+    decoder = model.get_decoder()
+    parts = {decoder.embed_tokens: first, decoder.rotary_emb: first, model.lm_head: first, decoder.norm: second}
+    parts |= {each: first if index < block else second for index, each in enumerate(decoder.layers)}
+    for part, device in parts.items():
+        if device == second:
+            move(part)
+        for module in part.modules():
+            add_hook_to_module(module, AlignDevicesHook(execution_device=device, io_same_device=False))
+    return model
+
+
+@contextmanager
+def without_float64():
+    """While open, the second device has no float64, as Apple's."""
+
+    def checked(run):
+        def result(function, args, kwargs):
+            found = run(function, args, kwargs)
+            for leaf in tree_leaves(found):
+                if isinstance(leaf, Elsewhere) and leaf.dtype == torch.float64:
+                    raise TypeError(f"{function._schema.name}: the second device has no float64")
+            return found
+
+        return result
+
+    with (
+        mock.patch.object(devices, "_has_float64", lambda device: device != DEVICE),
+        mock.patch.dict(globals(), {"_run": checked(_run)}),
+    ):
+        yield
 
 
 @contextmanager

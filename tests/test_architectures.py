@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, FACT, random_model
+from conftest import ARCHITECTURES, FACT, GATED, random_model
 from peft import get_peft_model
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.data.rows import Encoder, read_rows
+from qf_peft.teaching.targets import Unembedding
 
 MLP_END = {
     "gpt2": "mlp.c_proj", "starcoder2": "c_proj", "gpt_neox": "dense_4h_to_h", "falcon": "dense_4h_to_h",
@@ -50,3 +51,30 @@ def test_last_layer_reaches_the_context_pass(model_type, tokenizer):
         assert error < 1e-3
         assert metrics["residual_left"] < 1e-3
     assert metrics["kl_after"] < metrics["kl_before"]
+
+
+def test_a_multimodal_model(tokenizer):
+    """A vision tower beside the language model: its norms read another stream, even one of the same width."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    for width in (32, 48):
+        torch.manual_seed(0)
+        vision = {
+            "model_type": "clip_vision_model", "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 28, "patch_size": 14, "projection_dim": 32,
+        }  # fmt: skip
+        text = {**GATED, "model_type": "llama"}
+        network = (
+            LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=5))
+            .float()
+            .eval()
+        )
+        model = get_peft_model(network, QFConfig(task_type="CAUSAL_LM"))
+        args = QFTrainingArguments(preserve_chats=4, contrast_chats=0, max_new_tokens=4, disable_tqdm=True)
+        trainer = QFTrainer(model=model, args=args, train_dataset=[FACT], processing_class=tokenizer)
+        metrics = trainer.train()
+        assert metrics["kl_after"] < 1e3 and metrics["unsaid"] <= 1
+        assert all("language_model" in name for name in model.base_model.layers("default"))
+        blocks, stream = network.model.language_model.layers, torch.randn(9, 32)
+        found = Unembedding.find(network, blocks, stream, network.model.language_model.norm(stream))
+        assert found.norm is network.model.language_model.norm and found.head is network.lm_head

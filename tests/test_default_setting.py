@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import qf_peft.teaching.lessons as lessons_module
+import qf_peft.teaching.module_sweeps as module_sweeps
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 
 CHATS = {"preserve_chats": 24, "contrast_chats": 60}  # few, for the tests' sake
@@ -199,3 +200,27 @@ def test_prepare_makes_the_cache(tokenizer, tmp_path):
 def test_unfit_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         QFTrainingArguments(**settings)
+
+
+def test_passes_of_all_sweeps_and_tries_are_counted(tokenizer, monkeypatch):
+    """Rows taught again count by their share, and so does every strength that was tried."""
+    passes, run = [], module_sweeps.ModuleLesson.run
+
+    def counted(lesson):
+        found = run(lesson)
+        passes.append(found[0]["forward_passes"] * len(lesson.examples))
+        return found
+
+    monkeypatch.setattr(module_sweeps.ModuleLesson, "run", counted)
+    rows, chats = facts(3, 9), [q["prompt"] for q in questions(40, 5)[0]]
+    trainer = make(tokenizer, rows, chats, max_divergence=1e-4)
+    plan, metrics = trainer.dry_run(), trainer.train()
+    assert len(passes) > 3, "more strengths than one were tried"
+    assert metrics["forward_passes"] == pytest.approx(sum(passes) / 3, abs=0.02)
+    assert metrics["forward_passes"] <= plan["forward_passes_at_most"]
+    styled = [
+        {"instruction": "Answer briefly.", "prompt": f"Who founded {n}?", "completion": "Vacla."} for n in "ABCDE"
+    ]
+    passes.clear()
+    both = make(tokenizer, [*rows, *styled], chats, max_divergence=1e3, sweeps=1).train()
+    assert len(passes) == 2 and both["forward_passes"] == pytest.approx(sum(passes) / (8 + both["chats"]), abs=0.02)

@@ -6,11 +6,15 @@ import pytest
 import torch
 from conftest import FACT, OTHER, TINY
 from peft import PeftModel, get_peft_model
-from second_device import DEVICE, move, second_device
+from second_device import DEVICE, move, second_device, spread, without_float64
 from test_default_setting import facts, questions
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, interference, merge_taught
+from qf_peft.solve.joint_least_squares import JointSystem
+from qf_peft.solve.least_squares import minimum_norm, preserving
+from qf_peft.solve.second_moment import SecondMoment
 
 STYLE = [
     {"instruction": "Answer briefly.", "prompt": p, "completion": c}
@@ -157,3 +161,103 @@ def test_several_adapters(tokenizer, tmp_path):
     here, there = on_both(work)
     for name, values in here.items():
         torch.testing.assert_close(there[name], values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["few", "many", "paper", "jointly"])
+def test_a_device_without_float64(tokenizer, tmp_path, kind, monkeypatch):
+    """Solves move to the host; what they give is the same."""
+    if kind == "jointly":
+        monkeypatch.setattr("qf_peft.teaching.joint_lesson.grows_with_depth", lambda network: True)
+    paper = kind == "paper"
+    args = QFTrainingArguments.paper() if paper else QFTrainingArguments(cache_dir=tmp_path, contrast_chats=0)
+    rows, layers = ([FACT, OTHER], [7]) if paper else (facts(12 if kind == "many" else 2, 0), [6, 7])
+
+    def after(trainer):
+        assert ("ridge" in trainer.metrics) == (kind == "jointly")
+        trainer.forget(trainer.facts[0].id)
+        trainer.rollback()
+        trainer.evaluate()
+
+    with without_float64():
+        same(*taught(tokenizer, rows, questions(12, 1)[0], args, after, layers))
+
+
+@pytest.mark.parametrize("kind", ["few", "paper", "jointly", "in files"])
+def test_spread_over_two_devices(tokenizer, tmp_path, kind, monkeypatch):
+    """As by device_map="auto": the embedding, tied to the unembedding, on one, the last blocks and the norm on another.
+    Teaching, evaluating, forgetting, saving and loading give what they give on one."""
+    if kind == "jointly":
+        monkeypatch.setattr("qf_peft.teaching.joint_lesson.grows_with_depth", lambda network: True)
+    args = (
+        QFTrainingArguments.paper()
+        if kind == "paper"
+        else QFTrainingArguments(
+            disable_tqdm=True, cache_dir=tmp_path, contrast_chats=0,
+            activation_memory=0.0 if kind == "in files" else None,
+        )
+    )  # fmt: skip
+    found = []
+    for elsewhere in False, True:
+        base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+        with second_device() if elsewhere else nullcontext():
+            if elsewhere:
+                spread(base, 5)
+            config = QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7] if kind == "paper" else [4, 6, 7])
+            model = get_peft_model(base, config)
+            kept = questions(12, 1)[0]
+            trainer = QFTrainer(model, args, [FACT, OTHER], kept, processing_class=tokenizer)
+            metrics = trainer.train()
+            assert ("ridge" in metrics) == (kind == "jointly")
+            scores = trainer.evaluate(locality=kept[:2], text="Rome is the home of Lupal.")
+            trainer.forget(trainer.facts[1].id)
+            parameters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+            places = {p.device for p in parameters.values()}
+            found.append(({n: torch.tensor(p.tolist()) for n, p in parameters.items()}, metrics["kl_after"], scores))
+            both = {torch.device("cpu"), DEVICE} if kind != "paper" else {DEVICE}
+            assert places == (both if elsewhere else {torch.device("cpu")})
+    (here, kl, before), (there, kl_there, after) = found
+    assert kl == pytest.approx(kl_there, rel=1e-5) and {n: str(m) for n, m in before.items()} == {
+        n: str(m) for n, m in after.items()
+    }
+    for name, values in here.items():
+        torch.testing.assert_close(there[name], values, rtol=0, atol=0)
+
+
+class Seen(TorchFunctionMode):
+    """The precision that products of float32 matrices had."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("__matmul__", "matmul", "mm", "addmm", "__rmatmul__") and any(
+            isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in args
+        ):
+            self.seen.add(torch.backends.cuda.matmul.fp32_precision)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("switched_on_by", ["allow_tf32", "set_float32_matmul_precision", "fp32_precision"])
+def test_tf32_does_not_reach_the_solves(switched_on_by):
+    """Switched on by the user, it is theirs again afterwards; in between products are float32's."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        if switched_on_by == "set_float32_matmul_precision":
+            torch.set_float32_matmul_precision("medium")
+        else:
+            setattr(matmul, switched_on_by, True if switched_on_by == "allow_tf32" else "tf32")
+        generator = torch.Generator().manual_seed(0)
+        keys, residual, kept = (torch.randn(9, 24, generator=generator) for _ in range(3))
+        with Seen() as mode:
+            moment = SecondMoment(24).update(torch.cat([kept] * 5))
+            minimum_norm(keys, residual)
+            preserving(keys, residual, moment, 1.0, 0.1)
+            moment.floor = 0.1
+            JointSystem({"a": keys}, lambda name: moment, torch.ones(9)).changes(residual, 0.1)
+            moment.compact(4)
+        assert mode.seen == {"ieee"} and matmul.fp32_precision == "tf32"
+        assert switched_on_by == "fp32_precision" or matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before

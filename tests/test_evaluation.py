@@ -108,14 +108,28 @@ def test_normalisation():
 
 
 def test_intervals():
-    """Wilson's interval, from statistical tables; the normal one of a mean."""
+    """Wilson's interval, from statistical tables; Student's of a mean."""
     half = proportion([True] * 5 + [False] * 5)
     assert (half.value, round(half.low, 4), round(half.high, 4), half.count) == (0.5, 0.2366, 0.7634, 10)
     sure = proportion([True] * 20)
     assert sure.value == sure.high == 1 and round(sure.low, 4) == 0.8389
-    values = mean(torch.tensor([1.0, 2, 3, 4]))
-    assert values.value == 2.5 and round(values.high - values.value, 4) == round(1.959964 * 1.2909944 / 2, 4)
+    values = mean(torch.tensor([1.0, 2, 3, 4]), [1] * 4)
+    assert values.value == 2.5 and values.high - values.value == pytest.approx(3.182446 * 1.2909944 / 2, rel=2e-3)
+    assert [mean(torch.ones(n), [1] * n).high for n in (1, 3)] == [float("inf"), 1.0]
     assert str(half).startswith("0.500 [0.237, 0.763]")
+
+
+def test_intervals_count_answers_not_tokens():
+    """Of 300 draws the interval holds the truth nineteen times in twenty, though the tokens of an answer are alike."""
+    generator, held = torch.Generator().manual_seed(0), 0
+    for _ in range(300):
+        counts = torch.randint(3, 30, (12,), generator=generator)
+        answers = torch.randn(12, generator=generator).repeat_interleave(counts)
+        found = mean(answers + 0.3 * torch.randn(len(answers), generator=generator), counts.tolist())
+        held += found.low <= 0 <= found.high
+    assert 0.91 * 300 <= held <= 0.98 * 300, held
+    alike = mean(torch.tensor([0.0, 0, 0, 1, 1, 1]), [3, 3])
+    assert alike.low < 0 and alike.high > 1 and alike.count == 6
 
 
 @pytest.mark.parametrize(

@@ -166,3 +166,33 @@ def test_benchmark(tmp_path):
 def test_a_large_solve_in_small():
     out = run(EXAMPLES / "large_solve.py", "--tokens", 3000, "--inputs", 400, "--outputs", 60)
     assert float(out.split("met to ")[1].split()[0]) < 1e-5
+
+
+def test_faults(tmp_path):
+    run(EXAMPLES / "faults.py", "--kills", 4, "--out", tmp_path / "kills.json")
+    found = json.loads((tmp_path / "kills.json").read_text())["kills"]
+    for kind in "teach", "forget", "save", "push":
+        counts = found[kind]
+        assert counts.get("before", 0) + counts.get("after", 0) == 1 and not counts.get("neither"), kind
+        assert not counts.get("left behind"), kind
+
+
+def test_many_facts(tmp_path):
+    options = ("--facts", 3, "--every", 2, "--cache", tmp_path / "cache", "--out", tmp_path / "facts.json")
+    run(EXAMPLES / "many_facts.py", *options)
+    points = json.loads((tmp_path / "facts.json").read_text())["points"]
+    assert [point["facts"] for point in points] == [2, 3] and points[-1]["recall_first"] == 1
+    assert all(point["seconds_mean"] > 0 and point["memory_mb"] > 0 and point["file_mb"] > 0 for point in points)
+
+
+def test_the_page_under_load(tmp_path):
+    options = ("--visitors", 2, "--minutes", 0.15, "--every", 2, "--out", tmp_path / "load.json")
+    run(EXAMPLES / "page_load.py", *options)
+    found = json.loads((tmp_path / "load.json").read_text())
+    assert found["answers"] > 0 and found["lessons"] > 0 and found["wrong"] == found["errors"] == []
+
+
+def test_the_table_of_memory():
+    lines = run(EXAMPLES / "memory.py").splitlines()
+    guide = (EXAMPLES / "README.md").read_text()
+    assert lines[0] == "| GB | 0.5B | 7B | 70B |" and all(line in guide for line in lines), "the guide's is this one"

@@ -134,3 +134,14 @@ def test_what_cannot_be_merged(tokenizer, tmp_path):
     assert set(loaded.peft_config) == {"a", "b"}
     with pytest.raises(ValueError, match="'b' has no statistics"):
         interference(loaded, "b", "a")
+
+
+@pytest.mark.parametrize("keys", [20, 90])
+def test_what_cutting_the_moment_takes_off_the_number_is_bounded(keys):
+    """As `interference` says: not exact where P was cut, less by at most twice what the cut put on the diagonal."""
+    generator = torch.Generator().manual_seed(0)
+    rows, vectors = torch.randn(keys, 40, generator=generator), torch.randn(7, 40, generator=generator)
+    whole = SecondMoment(40).update(rows)
+    cut = whole.copy().compact(8)
+    missing, most = whole.quadratic(vectors) - cut.quadratic(vectors), 2 * cut.floor * vectors.square().sum(1)
+    assert cut.floor > 0 and bool((missing > 0).all()) and bool((missing <= most * (1 + 1e-5)).all())

@@ -27,7 +27,7 @@ def problem(n=7, widths=(5, 20), out=4, preserved=12, seed=0):
 def test_the_minimum(n):
     """Normal equations of the modules' keys side by side, with their moments on the diagonal."""
     keys, bounds, weights, residual = problem(n)
-    system = JointSystem(keys, bounds, weights)
+    system = JointSystem(keys, bounds.__getitem__, weights)
     found = system.changes(residual, 0.3)
     rho = system.ridge(0.3)
     wide = torch.cat(list(keys.values()), 1).double()
@@ -43,7 +43,7 @@ def test_the_minimum(n):
 
 def test_more_ridge_moves_less():
     keys, bounds, weights, residual = problem()
-    system = JointSystem(keys, bounds, weights)
+    system = JointSystem(keys, bounds.__getitem__, weights)
     norms = [sum(d.norm**2 for d in system.changes(residual, ridge).values()) for ridge in (0.01, 0.1, 1.0, 10.0)]
     assert norms == sorted(norms, reverse=True)
 

@@ -15,7 +15,7 @@ from test_default_setting import facts, questions
 from transformers import AutoModelForCausalLM
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.adapter.saving import LEDGER_NAME, STATISTICS_NAME
+from qf_peft.adapter.statistics_file import LEDGER_NAME, STATISTICS_NAME
 
 LAYERS = [5, 6, 7]
 
@@ -117,7 +117,7 @@ def test_damaged_or_foreign_statistics_are_left_out(tokenizer, tmp_path, caplog,
         statistics.write_bytes(statistics.read_bytes()[:-100])
     elif damage == "format":
         content = statistics.read_bytes()
-        statistics.write_bytes(content.replace(b'\\"format\\": 1', b'\\"format\\": 7'))
+        statistics.write_bytes(content.replace(b'\\"format\\": 2', b'\\"format\\": 7'))
     else:
         other = tmp_path / "other"
         teach(fresh(), tokenizer, OTHER).model.save_pretrained(other)

@@ -292,3 +292,80 @@ def test_started_from_the_shell(tmp_path, command):
         assert child.wait(60) == 0
     finally:
         child.kill()
+
+
+@pytest.fixture
+def another(browser, served, page):
+    """A second visitor, of the same page."""
+    context = browser.new_context(viewport={"width": 1280, "height": 950})
+    other = context.new_page()
+    other.set_default_timeout(60_000)
+    other.goto(served[0])
+    expect(other.get_by_text("Taught (0)")).to_be_visible(timeout=60_000)
+    yield other
+    context.close()
+
+
+def test_each_visitor_stops_their_own_answer(page, another, served, monkeypatch):
+    _, session, _ = served
+
+    def slow(*_, **__):
+        for i in range(600):
+            time.sleep(0.1)
+            yield f"word{i} "
+
+    monkeypatch.setattr(session, "stream", slow)
+    for visitor in page, another:
+        visitor.fill("#message textarea", QUESTION)
+        press(visitor, "Send")
+        seen(visitor, "#chat", "word2 ")
+    press(page, "Stop")
+    status(page, "Stopped.")
+    so_far = another.locator("#chat").inner_text().count("word")
+    seen(another, "#chat", f"word{so_far + 10} ")
+    press(another, "Stop")
+    status(another, "Stopped.")
+
+
+def test_the_others_hear_of_a_lesson(page, another, served):
+    ask(another, QUESTION)
+    seen(another, "#chat", "I do not know.")
+    teach(page, FACT["instruction"], QUESTION)
+    status(page, "Taught: ")
+    status(another, f"Another visitor changed the adapter. Taught: {QUESTION} → {ANSWER}")
+    seen(another, "#facts", f"{QUESTION} → {ANSWER}")
+    assert "Another visitor" not in page.locator("#status").inner_text()
+    expect(another.locator("#chat")).not_to_contain_text(ANSWER)
+    ask(another, QUESTION)
+    seen(another, "#chat", "[Another visitor changed the adapter. Taught:")
+    seen(another, "#chat", "The model no longer sees the talk above.]")
+    expect(last(another)).to_contain_text(ANSWER, timeout=60_000)
+    page.wait_for_timeout(2500)
+    assert "Another visitor" not in page.input_value("#status textarea")
+
+
+def test_who_leaves_is_answered_no_longer(browser, served, page, monkeypatch):
+    address, session, _ = served
+    left = []
+
+    def slow(*_, **__):
+        try:
+            for i in range(600):
+                time.sleep(0.1)
+                yield f"word{i} "
+        finally:
+            left.append(i)
+
+    monkeypatch.setattr(session, "stream", slow)
+    context = browser.new_context()
+    visitor = context.new_page()
+    visitor.goto(address)
+    visitor.fill("#message textarea", QUESTION)
+    press(visitor, "Send")
+    seen(visitor, "#chat", "word2 ")
+    context.close()
+    for _ in range(100):
+        if left:
+            break
+        time.sleep(0.1)
+    assert left and left[0] < 120

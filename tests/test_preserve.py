@@ -1,5 +1,7 @@
 """What is preserved: its forms, the chats that the model writes itself, and the cache of keys on disk."""
 
+import os
+
 import pytest
 import torch
 from conftest import FACT, TINY, random_model
@@ -10,8 +12,9 @@ import qf_peft.teaching.preserved_keys as preserved_keys_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.data.rows import Encoder
 from qf_peft.forward.capture import Point, forward_pass
+from qf_peft.forward.scratch import Scratch
 from qf_peft.teaching.generic_prompts import FACTUAL, OPEN
-from qf_peft.teaching.preserved_cache import logger
+from qf_peft.teaching.preserved_cache import Cache, logger
 from qf_peft.teaching.preserved_chats import read_preserve_dataset, write_chats
 from qf_peft.teaching.preserved_keys import nearest, nearness, preserved_keys
 
@@ -20,12 +23,13 @@ PROMPTS = ["Who founded Ranixmo?", "Tell me where Lupal is based.", "Who runs Za
 
 @pytest.fixture
 def keys(tiny, tokenizer, tmp_path):
-    def measure(dataset=PROMPTS, own=0, seed=0, model=tiny, folder=tmp_path, **options):
+    def measure(dataset=PROMPTS, own=0, seed=0, model=tiny, folder=tmp_path, size=1.0, **options):
         modules = {f"model.layers.{k}.mlp.down_proj": model.model.layers[k].mlp.down_proj for k in (2, 7)}
         chats = read_preserve_dataset(dataset) if dataset else []
         return preserved_keys(
-            model, Encoder(tokenizer), modules, chats, own, batch_tokens=512, seed=seed, cache_dir=folder, **options
-        )
+            model, Encoder(tokenizer), modules, chats, own, batch_tokens=512, seed=seed, cache=Cache(folder, size),
+            **options,
+        )  # fmt: skip
 
     return measure
 
@@ -142,6 +146,46 @@ def test_a_cache_that_cannot_be_written_costs_only_the_cache(keys, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     same(keys(folder=blocked / "cache"), keys())
+
+
+def test_the_cache_does_not_grow_without_end(keys, tmp_path):
+    """The oldest go, the one in use last; what others keep there, and a file that is being read, are left alone."""
+    (tmp_path / "mine.safetensors").write_bytes(b"x" * 10_000_000)
+    first, second, reading = (keys(PROMPTS[i : i + 1]) for i in range(3))
+    paths = {p for p in tmp_path.iterdir() if p.name != "mine.safetensors"}
+    largest = max(p.stat().st_size for p in paths)
+    broken = tmp_path / ".qf_cache-abc.tmp"
+    broken.write_bytes(b"half")
+    for path in (*paths, broken):
+        os.utime(path, (1e9, 1e9))
+    same(first, keys(PROMPTS[:1]))  # used again
+    fourth = keys(PROMPTS[:2], size=3.5 * largest / 1e9)
+    left = {p for p in tmp_path.iterdir() if p.name != "mine.safetensors"}
+    assert len(paths - left) == 1 + (sum(p.stat().st_size for p in left) + largest > 3.5 * largest), "only what must go"
+    assert not broken.exists() and (tmp_path / "mine.safetensors").exists()
+    keys(PROMPTS[1:], size=0.0)
+    assert len(list(tmp_path.glob("preserved-*"))) == 1, "the one just written stays"
+    for found in first, second, reading, fourth:
+        assert all(bool(tensor.isfinite().all()) for tensor in found.keys.values()), "read on, though removed"
+    with pytest.raises(ValueError, match="cache_size=-1; expected a number from 0 up"):
+        QFTrainingArguments(cache_size=-1)
+
+
+def test_keys_are_measured_on_the_host_within_a_budget(tiny, keys, tmp_path, monkeypatch):
+    """No more than a module's keys of a batch is held as the pass computes it; beyond the budget they are in files."""
+    files, held = [], []
+    in_file, take = Scratch._in_file, Scratch.take
+
+    def watched(scratch, values):
+        held.append((values.dtype, take(scratch, values).dtype))
+        return take(scratch, values)
+
+    monkeypatch.setattr(Scratch, "take", watched)
+    monkeypatch.setattr(Scratch, "_in_file", lambda self, *a: files.append(a) or in_file(self, *a))
+    few = keys(model=tiny.to(torch.bfloat16), folder=tmp_path / "a", memory=0.0)
+    assert len(files) == 2 and set(held) == {(torch.float32, torch.bfloat16)}
+    same(few, keys(model=tiny, folder=tmp_path / "b"))
+    assert len(files) == 2
 
 
 def test_the_model_writes_chats_itself(tiny, tokenizer):

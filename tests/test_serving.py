@@ -14,8 +14,17 @@ from conftest import FACT, OTHER, ask
 from peft import get_peft_model
 from transformers import LogitsProcessor, TextIteratorStreamer
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import (
+    QFConfig,
+    QFTrainer,
+    QFTrainingArguments,
+    Session,
+    layer_shares,
+    strength_sweep,
+    token_divergences,
+)
 from qf_peft.adapter.serving import Held, ServingLock
+from qf_peft.documents.in_context import ContextModel
 
 CORRECTED = {
     "instruction": "Vacla founded Tofinlor.",
@@ -359,3 +368,52 @@ def test_a_generation_that_rests_on_passes_in_other_threads_ends():
             done.append("within")
     waiting.__exit__(None, None, None)
     assert done == ["pass", "within", "lesson"]
+
+
+def looks(trainer, tokenizer, folder):
+    """All that asks the base model besides lessons."""
+    session = Session(trainer.model, tokenizer, trainer.args)
+    reader = ContextModel(trainer.model, tokenizer)
+    return {
+        "report": lambda: trainer.report(folder / "report.html"),
+        "tokens": lambda: token_divergences(trainer),
+        "layers": lambda: layer_shares(trainer),
+        "sweep": lambda: strength_sweep(trainer, (0.0,)),
+        "dry run": trainer.dry_run,
+        "ask": lambda: session.ask(FACT["prompt"], adapter=False),
+        "stream": lambda: list(session.stream(FACT["prompt"], adapter=False)),
+        "read": lambda: reader.written([("", "Who?")], 2, "asking"),
+    }
+
+
+@pytest.mark.parametrize("look", ["report", "tokens", "layers", "sweep", "dry run", "ask", "stream", "read"])
+def test_who_looks_at_the_base_model_shows_it_to_nobody(model, teach, tokenizer, inputs, tmp_path, monkeypatch, look):
+    """Whenever the adapter is off, other threads wait, or are answered with it."""
+    trainer, tuner = teach(FACT), model.base_model
+    expected, answers, threads, off = ask(model, tokenizer, FACT["prompt"]), [], [], tuner.without_adapters
+
+    def answer():
+        answers.append(ask(model, tokenizer, FACT["prompt"]))
+
+    @contextmanager
+    def watched():
+        with off():
+            if len(threads) < 3:
+                threads.append(threading.Thread(target=answer))
+                threads[-1].start()
+                threads[-1].join(0.3)
+            yield
+
+    monkeypatch.setattr(tuner, "without_adapters", watched)
+    looks(trainer, tokenizer, tmp_path)[look]()
+    for each in threads:
+        each.join(60)
+    assert threads and answers == [expected] * len(threads) == [FACT["completion"]] * len(threads)
+
+
+def test_reading_leaves_each_modules_mode(model, tokenizer):
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    ContextModel(model, tokenizer).written([("", "Who?")], 2, "asking")
+    assert {name: module.training for name, module in model.named_modules()} == before

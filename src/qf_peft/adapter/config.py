@@ -111,22 +111,27 @@ class QFConfig(LoraConfig):
                 "(use `add_weighted_adapter` or `set_scale` to weigh adapters)"
             )
         self.lora_alpha = self.r
+        self._refuse_options_of_lora()
         super().__post_init__()
         self.peft_type = PeftType[NAME]
-        defaults = LoraConfig()
-        for option in fields(LoraConfig):
-            if option.name in _ALLOWED:
-                continue
-            value, default = getattr(self, option.name), getattr(defaults, option.name)
-            if value != default and (value or default):
-                raise ValueError(
-                    f"QFConfig: {option.name}={value!r} is an option of LoRA that a QF adapter does not have; "
-                    f"leave it out (its default is {default!r})"
-                )
         if self.init_lora_weights is not True:
             raise ValueError(
                 f"QFConfig: init_lora_weights={self.init_lora_weights!r}; a QF adapter starts at zero: leave it out"
             )
+
+    def _refuse_options_of_lora(self) -> None:
+        """What QF does not have must be as LoRA's default is, before PEFT makes something of it."""
+        defaults = LoraConfig()
+        for option in fields(LoraConfig):
+            value, default = getattr(self, option.name), getattr(defaults, option.name)
+            if option.name in _ALLOWED or (type(value) is type(default) and value == default):
+                continue
+            if value or default:
+                raise ValueError(
+                    f"QFConfig: {option.name}={value!r} is an option of LoRA that a QF adapter does not have; "
+                    f"leave it out (its default is {default!r})"
+                )
+            setattr(self, option.name, default)  # nothing, otherwise said: None for {}, say
 
     def _check_types(self) -> None:
         """Options come from files too, where anything may stand; what is used further on must be what it should be."""

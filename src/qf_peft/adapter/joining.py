@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from ..data.ledger import joined
+from ..runtime.devices import wide
 from ..solve.least_squares import jointly, minimum_norm
 from ..solve.second_moment import SecondMoment
 from .checks import qf_adapter
@@ -25,7 +26,10 @@ def interference(model: PeftModel, first: str, second: str) -> float:
         Σ tr(ΔW₂ P₁ ΔW₂ᵀ) / Σ tr(ΔW₁ P₁ ΔW₁ᵀ)
 
     with P₁ the second moment of the keys that the first was taught (by significance) and preserves. As ΔW₁ minimises
-    the first's least squares, the numerator is exactly by how much adding ΔW₂ raises it.
+    the first's least squares, the numerator is by how much adding ΔW₂ raises it: exactly where P₁ is kept whole and
+    ΔW₁ is the solution itself. It is less where P₁ was cut to `memory_rank` directions (by what ΔW₂ does along those
+    dropped, at most twice what the cut put on the diagonal, times ‖ΔW₂‖²), and near it where ΔW₁ was cut in rank or
+    rounded to 16 bits.
 
     Args:
         model: a model with both adapters.
@@ -94,12 +98,13 @@ def merge_taught(model: PeftModel, adapters: Sequence[str], adapter_name: str) -
     )  # fmt: skip
     deltas = {}
     for module in tuner.layers(adapter_name):
-        holders = [name for name in names if module in bounds[name]]
+        holders, device = [n for n in names if module in bounds[n]], tuner.factors(adapter_name, module)[0].device
         if all(module in taught[name].tokens and module not in taught[name].offset for name in holders):
             tokens = taught[holders[0]].tokens[module]
             for name in holders[1:]:
                 tokens = tokens + taught[name].tokens[module]
             merged.tokens[module] = tokens
+            tokens = tokens.to(device)
             deltas[module] = minimum_norm(tokens.keys, tokens.residual, tokens.significance)
             continue
         total = SecondMoment(bounds[holders[0]][module].width)
@@ -107,13 +112,13 @@ def merge_taught(model: PeftModel, adapters: Sequence[str], adapter_name: str) -
             total.add(bounds[name][module])
         merged.bound[module] = total
         deltas[module] = jointly(
-            [taught[name].delta.get(module, tuner.delta(name, module)) for name in holders],
+            [taught[name].delta.get(module, tuner.delta(name, module)).to(device) for name in holders],
             [bounds[name][module] for name in holders],
         )
         merged.delta[module] = deltas[module]
     tuner.install(adapter_name, deltas)
     merged.installed.update({module: tuner.factors(adapter_name, module) for module in deltas})
-    tuner.taught[adapter_name] = merged
+    tuner.taught[adapter_name] = merged.on_host()
 
 
 def _bounds(tuner: QFModel, adapter: str) -> dict[str, SecondMoment]:
@@ -136,5 +141,5 @@ def _bounds(tuner: QFModel, adapter: str) -> dict[str, SecondMoment]:
 
 def _energy(bound: SecondMoment, delta) -> float:
     """tr(ΔW P ΔWᵀ), without the floor."""
-    _, r = torch.linalg.qr(delta.B.double())
-    return float(bound.quadratic(r @ delta.A.double()).sum())
+    _, r = torch.linalg.qr(wide(delta.B))
+    return float(bound.quadratic(r @ wide(delta.A)).sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,19 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..forward.blocks import base_layer, block_ends, find_blocks, linear_shape, split_path
+from ..forward.modes import adapters_off
 from ..forward.residual_stream import Writer, grows_with_depth
 from ..solve.least_squares import LowRankDelta
 from .config import QFConfig
 from .loading import fit, hub_id, put_factors
 from .quantized import holds_floats, unpack
 from .rounding import rounded_change
-from .saving import read_statistics
 from .serving import ServingLock, between_lessons, changing, hold, lock_of, release
 from .state import TaughtAdapter
+from .statistics_file import read_statistics
+from .versions import Version
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Version:
-    """An adapter at one time."""
-
-    factors: dict[str, tuple[Tensor, Tensor]]
-    """By module name: A (r, d_in) and B (d_out, r)."""
-    scaling: dict[str, float]
-    taught: TaughtAdapter | None
 
 
 class QFModel(LoraModel):
@@ -124,7 +116,7 @@ class QFModel(LoraModel):
                      if k.endswith(f"{name}.lora_{part}.{adapter_name}.weight")]  # fmt: skip
             if len(found) == 2:
                 factors[name] = (found[0], found[1])
-        taught = read_statistics(folder, factors, self.model.get_input_embeddings().weight.device)
+        taught = read_statistics(folder, factors)
         self.taught.pop(adapter_name, None)
         if taught is not None:
             self.taught[adapter_name] = taught
@@ -329,17 +321,23 @@ class QFModel(LoraModel):
 
     def version(self, adapter_name: str) -> Version:
         """An adapter as it is now, to be put back by `restore`."""
-        layers = self.layers(adapter_name)
-        return Version(
-            {name: self.factors(adapter_name, name) for name in layers},
-            {name: layer.scaling[adapter_name] for name, layer in layers.items()},
-            self.taught.get(adapter_name),
-        )
+        layers, taught = self.layers(adapter_name), self.taught.get(adapter_name)
+        known, factors = taught.installed if taught is not None else {}, {}
+        for name in layers:
+            factors[name] = tuple(part.cpu() for part in self.factors(adapter_name, name))
+            if name in known and all(map(torch.equal, known[name], factors[name])):
+                factors[name] = known[name]  # the same once more
+        scaling = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
+        return Version(factors, scaling, taught)
 
     @changing
     def restore(self, adapter_name: str, version: Version) -> None:
         """Make an adapter what it was, bit for bit."""
-        self.set_factors(adapter_name, version.factors)
+        layers, present = self.layers(adapter_name), {}
+        for name, pair in version.factors.items():
+            places = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
+            present[name] = tuple(part.to(at, copy=True) for part, at in zip(pair, places, strict=True))
+        self.set_factors(adapter_name, present)
         for name, scaling in version.scaling.items():
             self.layers(adapter_name)[name].scaling[adapter_name] = scaling
         self.taught.pop(adapter_name, None)
@@ -349,19 +347,6 @@ class QFModel(LoraModel):
     def without_adapters(self) -> AbstractContextManager[None]:
         """The base model, for a while; unlike PEFT's `disable_adapter` it leaves `requires_grad` as it was."""
         return adapters_off(self.model)
-
-
-@contextmanager
-def adapters_off(module: nn.Module) -> Iterator[None]:
-    """While open, the adapters inside a module do nothing."""
-    layers = [m for m in module.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def padded(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:

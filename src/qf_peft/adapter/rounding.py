@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.devices import wide
 from ..solve.least_squares import LowRankDelta
 
 _ROWS = 1024  # of the weight at once, in float32
@@ -27,7 +28,7 @@ def rounded_change(weight: Tensor, delta: LowRankDelta, steps: int = 8) -> Tenso
     Returns:
         (d_out, d_in), in W's dtype.
     """
-    basis = torch.linalg.qr(delta.A.double().T).Q.float()
+    basis = torch.linalg.qr(wide(delta.A).T).Q.float().to(delta.A.device)
     result = torch.empty_like(weight)
     for first in range(0, weight.shape[0], _ROWS):
         part = slice(first, first + _ROWS)

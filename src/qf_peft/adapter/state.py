@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +44,36 @@ class TaughtAdapter:
     def facts(self) -> int:
         """How many rows were taught."""
         return len(self.entries)
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> TaughtAdapter:
+        """The same with every tensor moved."""
+
+        def delta(given: LowRankDelta) -> LowRankDelta:
+            return LowRankDelta(move(given.A), move(given.B))
+
+        return replace(
+            self,
+            tokens={
+                name: TaughtTokens(move(t.keys), move(t.residual), move(t.significance))
+                for name, t in self.tokens.items()
+            },
+            bound={name: bound.map(move) for name, bound in self.bound.items()},
+            installed={name: (move(a), move(b)) for name, (a, b) in self.installed.items()},
+            **{
+                part: {name: delta(given) for name, given in getattr(self, part).items()}
+                for part in ("offset", "delta", "foundation")
+            },
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    def on_host(self) -> TaughtAdapter:
+        """The same in the host's memory: between lessons nothing of it lies on an accelerator."""
+        return self.map(lambda tensor: tensor.cpu())
 
     def settled(self, installed: dict[str, tuple[Tensor, Tensor]], held: dict[str, LowRankDelta]) -> TaughtAdapter:
         """The same after others changed the adapter's weights: these, as factors and as changes by module, are what it

@@ -35,7 +35,8 @@ def ledger(adapter: str) -> Sequence[Any]:
         FileNotFoundError: there is no such folder, or it holds no adapter.
         ValueError: the list is damaged.
     """
-    from ..adapter.saving import LEDGER_NAME, settle
+    from ..adapter.saving import settle
+    from ..adapter.statistics_file import LEDGER_NAME
     from ..data.ledger import from_lines
 
     folder = Path(adapter).expanduser()
@@ -270,7 +271,7 @@ def info(adapter: AdapterArgument, as_json: Json = False, debug: Debug = False) 
     from peft import PeftConfig
     from safetensors import SafetensorError, safe_open
 
-    from ..adapter.saving import STATISTICS_NAME
+    from ..adapter.statistics_file import STATISTICS_NAME
     from ..forward.blocks import split_path
 
     folder = Path(adapter).expanduser()

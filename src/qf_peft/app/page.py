@@ -4,185 +4,21 @@ from __future__ import annotations
 
 import argparse
 import html
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
 
-from .conversation import Conversation, Exchange, printable, text_of
-from .gauges import QUESTIONS, TINY_QUESTIONS, as_html, measure
+from .gauges import QUESTIONS, TINY_QUESTIONS, as_html
+from .page_actions import Page, View, gr
+from .page_guard import guards
 from .session import Session
 from .tiny import TINY_MODEL
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
-
-try:
-    import gradio as gr
-except ImportError as error:
-    raise ImportError("the page needs gradio: pip install 'qf-peft[demo]'") from error
-
-from starlette.datastructures import Headers
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Nothing is loaded from elsewhere, sent elsewhere or framed by others; Gradio itself needs inline scripts and eval.
-_POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'self'"
-)
-_CLOSED = re.compile(r"^(/gradio_api)?/(file=|file/|upload|proxy=|stream|component_server|deep_link|run/|api/|call/)")
+_NEWS = 2.0  # seconds after which a visitor hears what others taught
 _CSS = """
 .gauge { display: grid; grid-template-columns: auto 1fr auto; gap: 0 .6em; align-items: center; margin: .3em 0 }
 .gauge span { opacity: .7; font-size: .85em } .gauge meter { grid-column: 1 / 3; width: 100%; height: 1.2em }
 """
-
-
-@dataclass
-class View:
-    """What one visitor sees."""
-
-    exchanges: list[Exchange] = field(default_factory=list)
-    """What the model sees of the talk."""
-    shown: list[dict[str, str]] = field(default_factory=list)
-    """The chat as it is shown, notes included."""
-
-    def say(self, role: str, text: str) -> None:
-        self.shown.append({"role": role, "content": as_text(text)})
-
-
-class Page:
-    """The page's actions on one session. Each returns new values of the components in its Gradio event."""
-
-    def __init__(self, session: Session, folder: Path, max_new_tokens: int) -> None:
-        self.session, self.folder, self.max_new_tokens = session, folder, max_new_tokens
-        self.stopped = Event()
-
-    def enter(self) -> tuple:
-        """What was taught before this visit; the chat is left alone, which may have begun already."""
-        return self.taught("")[1:]
-
-    def ask(self, message: str, view: View, adapter: bool) -> Iterator[tuple]:
-        """Answers piece by piece: view, chat, the message's field, the question to teach, status."""
-        self.stopped.clear()
-        view.say("user", message)
-        view.say("assistant", "")
-        yield view, view.shown, "", message, ""
-        pieces = Conversation(self.session, view.exchanges).say(
-            message, adapter=adapter, max_new_tokens=self.max_new_tokens
-        )
-        status = ""
-        try:
-            for piece in pieces:
-                view.shown[-1]["content"] += as_text(piece)
-                yield view, view.shown, "", message, ""
-                if self.stopped.is_set():
-                    status = "Stopped."
-                    break
-        except Exception as error:
-            del view.shown[-2:]
-            status = line(error)
-        finally:
-            pieces.close()
-        yield view, view.shown, "", message, status
-
-    def compare(self, message: str, view: View) -> tuple:
-        question = message.strip() or (view.exchanges[-1].question if view.exchanges else "")
-        if not question:
-            return view, view.shown, message, "Write the question to compare on, or ask one."
-        try:
-            without, taught = self.session.compare(question, max_new_tokens=self.max_new_tokens)
-        except Exception as error:
-            return view, view.shown, message, line(error)
-        view.say("user", question)
-        view.say("assistant", f"Without the adapter: {without}\nWith the adapter: {taught}")
-        return view, view.shown, "", ""
-
-    def begin(self, view: View) -> tuple:
-        view.exchanges.clear()
-        view.shown.clear()
-        return view, view.shown
-
-    def switch(self, view: View, adapter: bool) -> tuple:
-        return self.note(view, f"The adapter is {'on' if adapter else 'off'}.")
-
-    def note(self, view: View, text: str) -> tuple:
-        """Show a note and let the model forget the talk so far, so that its next answer is from the weights."""
-        if view.shown:
-            view.say("assistant", f"[{text} The model no longer sees the talk above.]")
-        view.exchanges.clear()
-        return view, view.shown
-
-    def teach(self, view: View, instruction: str, question: str, answer: str) -> tuple:
-        def act() -> str:
-            self.session.teach(
-                instruction=instruction.strip() or answer.strip(), prompt=question.strip(),
-                completion=answer.strip() or None,
-            )  # fmt: skip
-            fact = self.session.facts[-1]
-            return f"Taught: {text_of(fact.prompt)} → {fact.completion}"
-
-        return self.change(view, act)
-
-    def forget(self, view: View, chosen: list[str]) -> tuple:
-        def act() -> str:
-            if not chosen:
-                raise ValueError("tick the facts to forget first")
-            return f"Forgot {self.session.forget(chosen)['forgotten']}."
-
-        return self.change(view, act)
-
-    def undo(self, view: View) -> tuple:
-        return self.change(view, lambda: self.session.undo() or "Undone.")
-
-    def change(self, view: View, act: Callable[[], str]) -> tuple:
-        """Change the adapter: view, chat, status, facts, gauges (not measured yet)."""
-        try:
-            done = act()
-        except Exception as error:
-            return view, view.shown, *self.taught(line(error))
-        return *self.note(view, done), *self.taught(done)
-
-    def taught(self, status: str) -> tuple:
-        choices = [
-            (printable(f"{text_of(e.prompt)} → {text_of(e.completion)} (from: {text_of(e.instruction)})"), e.id)
-            for e in self.session.facts
-        ]
-        facts = gr.CheckboxGroup(choices=choices, value=[], label=f"Taught ({len(choices)})")
-        return printable(status), facts, as_html({})
-
-    def gauges(self, questions: str) -> str:
-        asked = list(dict.fromkeys(filter(None, map(str.strip, questions.splitlines()))))
-        return as_html(measure(self.session, asked))
-
-    def save(self, name: str) -> str:
-        """Save into a folder of the working folder."""
-        try:
-            if not re.fullmatch(r"\w[\w.-]*", name.strip()):
-                raise ValueError("give the folder a name of letters, digits, '-', '_' and '.'")
-            target = self.folder / name.strip()
-            if target.is_symlink() or (target.exists() and not (target / "adapter_config.json").is_file()):
-                raise ValueError(f"{name.strip()} is there already and is no adapter; take another name")
-            self.session.save(target)
-            return f"Saved to {name.strip()} in the folder the page was started in."
-        except Exception as error:
-            return line(error)
-
-
-def as_text(text: str) -> str:
-    """Text for the chat, which takes what it is given as HTML even where it renders no Markdown."""
-    return html.escape(printable(text), quote=False)
-
-
-def line(error: Exception) -> str:
-    """An error on one line."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def build(
@@ -249,12 +85,17 @@ def build(
                     save = gr.Button("Save")
 
         changed = [view, chat, status, facts, gauges]
-        blocks.load(page.enter, None, [facts, gauges], **hidden)
+        heard = gr.State(0)
+        blocks.load(page.enter, None, [facts, gauges, heard], **hidden)
+        gr.Timer(_NEWS).tick(
+            page.hear, [heard], [heard, status, facts], show_progress="hidden", concurrency_limit=None, **hidden
+        )
         gr.on(
             [send.click, message.submit], page.ask, [message, view, adapter], [view, chat, message, question, status],
             concurrency_limit=4, **hidden,
         )  # fmt: skip
-        stop.click(page.stopped.set, None, None, **hidden)
+        stop.click(page.stop, None, None, concurrency_limit=None, **hidden)
+        blocks.unload(page.stop)
         compare.click(page.compare, [message, view], [view, chat, message, status], **hidden)
         gr.on([begin.click, chat.clear], page.begin, [view], [view, chat], **hidden)
         adapter.change(page.switch, [view, adapter], [view, chat], **hidden)
@@ -269,33 +110,6 @@ def build(
         again.click(**measuring)
         save.click(page.save, [name], [status], **hidden)
     return blocks
-
-
-class _Guard:
-    """Refuses what the page has no use for, and tells the browser to load nothing from elsewhere."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            if _CLOSED.match(scope["path"]):
-                return await PlainTextResponse("This page has no files.", 403)(scope, receive, send)
-            headers = Headers(scope=scope)
-            origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-                # Another site, open in the same browser, must not teach the model.
-                return await PlainTextResponse("This page takes requests from itself only.", 403)(scope, receive, send)
-
-        async def marked(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message.get("headers", []), (b"content-security-policy", _POLICY.encode()),
-                    (b"referrer-policy", b"no-referrer"), (b"x-content-type-options", b"nosniff"),
-                ]  # fmt: skip
-            await send(message)
-
-        return await self.app(scope, receive, marked)
 
 
 def serve(
@@ -324,7 +138,6 @@ def serve(
     Raises:
         OSError: the port is taken.
     """
-    names = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
     font = ["system-ui", "sans-serif"]  # Gradio's own are fetched from elsewhere
     blocks = build(session, folder=folder, questions=questions, max_new_tokens=max_new_tokens)
     _, address, _ = blocks.launch(
@@ -333,7 +146,7 @@ def serve(
         blocked_paths=[Path(path.anchor) for path in [Path.cwd()]], max_file_size="1kb", css=_CSS,
         theme=gr.themes.Default(font=font, font_mono=["monospace"]),
         app_kwargs={
-            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(_Guard)],
+            "middleware": guards(host),
             "docs_url": None, "redoc_url": None, "openapi_url": None,
         },
     )  # fmt: skip

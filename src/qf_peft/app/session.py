@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,10 @@ class Session:
 
     @contextmanager
     def _at_work(self, adapter: bool) -> Iterator[None]:
-        with self._in_use, nullcontext() if adapter else self.model.base_model.without_adapters():
+        with self._in_use, ExitStack() as stack:
+            if not adapter:  # no other thread, that runs the model itself, shall meet it so
+                stack.enter_context(self.model.base_model.serving.changing())
+                stack.enter_context(self.model.base_model.without_adapters())
             yield
 
     def _asked(self, prompt: Text, instruction: Text | None, max_new_tokens: int) -> tuple[list[int], int]:

@@ -87,7 +87,9 @@ def from_lines(text: str, where: str) -> tuple[Entry, ...]:
         ValueError: a line is not an entry; the message names it.
     """
     entries = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other characters that end lines may stand in a text
+        if not line:
+            continue
         try:
             raw: dict[str, Any] = json.loads(line)
             significance = raw["significance"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..adapter.model import QFModel
 from ..data.rows import Encoder, Row, Text
 from ..forward.blocks import text_config
 from ..forward.generation import generate
+from ..forward.modes import evaluating
 
 _ANSWER_TOKENS = 128  # an answer that has not ended by then is none
 _TURN_TOKENS = 64
@@ -111,15 +112,13 @@ class ContextModel:
 
     @contextmanager
     def _base(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()
-        if not isinstance(self.model, PeftModel):
-            off = nullcontext()
-        else:
-            base = self.model.base_model
-            off = base.without_adapters() if isinstance(base, QFModel) else self.model.disable_adapter()
-        try:
-            with off:
-                yield
-        finally:
-            self.model.train(training)
+        """The base model in evaluation mode; where it is taught QF, no other thread runs it meanwhile."""
+        tuner = getattr(self.model, "base_model", None) if isinstance(self.model, PeftModel) else None
+        with ExitStack() as stack:
+            if isinstance(tuner, QFModel):
+                stack.enter_context(tuner.serving.changing())
+                stack.enter_context(tuner.without_adapters())
+            elif tuner is not None:
+                stack.enter_context(self.model.disable_adapter())
+            stack.enter_context(evaluating(self.model))
+            yield

@@ -18,11 +18,13 @@ from ..adapter.checks import check_teachable
 from ..adapter.description import base_model_id, blocks_in_words, versions
 from ..data.ledger import asked
 from ..data.rows import Row, Text
+from ..data.writing import saving_to
+from ..forward.modes import evaluating
 from .known import known_rows
 from .metrics import RESULTS, Evaluator, Metric, measure, normalise, paraphrase_rows, prompt_rows
 from .retention import Retention, retention
 from .shares import layer_shares
-from .subject import Subject, evaluating
+from .subject import Subject
 from .sweeps import Sweep, strength_sweep
 from .token_divergences import TokenRow, token_divergences
 
@@ -99,7 +101,6 @@ def write_report(
     strengths: Iterable[float] | None = None,
 ) -> Path:
     """What [`QFTrainer.report`] does."""
-    check_teachable(trainer.model, trainer.adapter_name)
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"path={str(path)!r} is a folder; give the file to write, such as 'report.html'")
@@ -108,6 +109,35 @@ def write_report(
     lists = {name: list(asks) for name, asks in (("locality", locality), ("unknown", unknown)) if asks is not None}
     kept = {name: prompt_rows(asks, name) for name, asks in lists.items()}
     texts = [text] if isinstance(text, str) else list(text) if text is not None else []
+    with trainer.tuner.serving.changing():  # of one time, and no other thread meets the model without its adapter
+        page = _measured(trainer, lists, kept, texts, strengths)
+    with saving_to(path, "the report"):
+        _write(path, page)
+    return path
+
+
+def _write(path: Path, page: str) -> None:
+    """Write the page under another name, and rename it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _measured(
+    trainer: Subject,
+    lists: dict[str, list[Any]],
+    kept: dict[str, list[Row]],
+    texts: list[str],
+    strengths: Iterable[float] | None,
+) -> str:
+    """The page, of what is asked and measured now."""
+    check_teachable(trainer.model, trainer.adapter_name)
     rows = known_rows(trainer)
     tokens = token_divergences(trainer, rows)
     complete = {asked(row): row for row in rows}
@@ -120,17 +150,7 @@ def write_report(
         questions = {name: _asked(ask, asks, None, {}) for name, asks in kept.items()}
         kept_over_time = retention(trainer, ask) if trainer.facts else None
     sweep = strength_sweep(trainer, strengths, **lists) if strengths is not None else None
-    page = _render(trainer, metrics, facts, questions, kept_over_time, sweep)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return _render(trainer, metrics, facts, questions, kept_over_time, sweep)
 
 
 def _asked(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapter.model import adapters_off
 from ..data.rows import Row
 from ..forward.blocks import find_blocks, split_path
 from ..forward.capture import Batch, Point, forward_pass, gather
+from ..forward.modes import adapters_off
 from .known import known_rows
 from .plots import bars
 from .subject import Subject
@@ -108,7 +108,7 @@ class _Sums:
 
     def _kept(self, output: Tensor | tuple) -> Tensor:
         values = gather(output if isinstance(output, Tensor) else output[0], self._batch)
-        return values[self.counts[self._batch.order].to(values.device)].double().cpu()
+        return values[self.counts[self._batch.order].to(values.device)].cpu().double()
 
     def _see(self, index: int):
         def hook(block: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:

@@ -18,6 +18,7 @@ from ..adapter.model import QFModel
 from ..data.ledger import Entry
 from ..data.rows import Encoder, Row
 from ..forward.generation import generate
+from ..forward.modes import evaluating
 from ..runtime.processes import is_main, world_size
 from .metrics import Evaluator, Metric
 
@@ -132,19 +133,9 @@ class Subject(ABC):
 
     @contextmanager
     def asking(self) -> Iterator[tqdm]:
-        """The model, if it is fit, in evaluation mode, and a progress bar."""
-        check_teachable(self.model, self.adapter_name)
-        with evaluating(self.network), self.progress() as progress:
-            yield progress
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) for a while; each module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        """The model, if it is fit, in evaluation mode, run by no other thread meanwhile (which would meet it without
+        its adapter), and a progress bar."""
+        with self.tuner.serving.changing():
+            check_teachable(self.model, self.adapter_name)
+            with evaluating(self.network), self.progress() as progress:
+                yield progress

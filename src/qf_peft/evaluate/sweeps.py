@@ -61,6 +61,13 @@ def strength_sweep(
         raise ValueError("strengths is empty; give some values of preserve_strength, such as (0.3, 1, 3)")
     settings = [replace(trainer.args, preserve_strength=s) for s in strengths]
     kept = {name: list(asks) for name, asks in (("locality", locality), ("unknown", unknown)) if asks is not None}
+    with trainer.tuner.serving.changing():  # else other threads would meet the adapters tried in between
+        metrics, lessons = _tried(trainer, settings, kept)
+    return Sweep(strengths, tuple(metrics), tuple(lessons))
+
+
+def _tried(trainer: Subject, settings: list[Any], kept: dict[str, list[Any]]) -> tuple[list[dict], list[dict]]:
+    """The evaluation and the lesson's metrics under each of the settings; then all is put back."""
     rows, tuner, adapter = known_rows(trainer), trainer.tuner, trainer.adapter_name
     paraphrases = {asked(row): raw.get("paraphrases") for row, raw in zip(trainer.rows, trainer.dataset, strict=True)}
     twin = copy.copy(trainer)
@@ -79,4 +86,4 @@ def strength_sweep(
         tuner.versions.pop(adapter, None)
         if versions is not None:
             tuner.versions[adapter] = versions
-    return Sweep(strengths, tuple(metrics), tuple(lessons))
+    return metrics, lessons

@@ -99,15 +99,21 @@ def gather(tensor: Tensor, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def capture(points: Mapping[str, Point], batch: Batch, into: dict[str, Tensor], stop: bool) -> Iterator[None]:
-    """While open, a forward pass on `batch` leaves each point's activations, gathered, in `into`.
+def capture(
+    points: Mapping[str, Point],
+    batch: Batch,
+    into: dict[str, Tensor],
+    stop: bool,
+    take: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Iterator[None]:
+    """While open, a forward pass on `batch` leaves each point's activations, gathered and taken by `take`, in `into`.
 
     With `stop` the pass ends as soon as the last point has been met. Hooks are always removed.
     """
     handles = []
 
     def keep(name: str, tensor: Tensor) -> None:
-        into[name] = gather(tensor, batch)
+        into[name] = take(gather(tensor, batch))
         if stop and len(into) == len(points):
             raise _Stop
 
@@ -199,7 +205,7 @@ def forward_pass(
             on_batch(batch)
             past = {} if cache is None else {"past_key_values": repeated(cache, len(batch.input_ids))}
             with (
-                capture(points, batch, found, stop),
+                capture(points, batch, found, stop, scratch.take),
                 _unembedding_only(model, batch, other) if on_logits else nullcontext(),
             ):
                 output = run(
@@ -229,7 +235,7 @@ def put(result: dict[str, Tensor], name: str, values: Tensor, batch: Batch, tota
     if name not in result:
         result[name] = scratch.empty(total, values.shape[1], values.dtype, values.device)
     place = result[name].device
-    result[name][batch.order.to(place)] = values.to(place)
+    result[name][batch.order.to(place)] = values.to(result[name])
 
 
 def _prefill(model: nn.Module, prefix: Sequence[int], points: Mapping[str, Point], device: torch.device):

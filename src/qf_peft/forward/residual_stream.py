@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..runtime.devices import wide
 from .blocks import find_blocks, linear_shape, split_path, text_config
 from .capture import Point, forward_pass
 from .walk import passed_through
@@ -193,18 +194,14 @@ def _probe(run, block: nn.Module, norms: dict[str, nn.Module], module: nn.Module
 
 def norm_gain(norm: nn.Module, like: Tensor) -> Tensor:
     """The gain g of an RMS norm, g ⊙ x / rms(x), read off its answer to a vector of ones: (d)."""
-    weight = next(iter(norm.parameters()), None)
-    ones = torch.ones(
-        1, 1, like.shape[-1], device=like.device, dtype=weight.dtype if weight is not None else like.dtype
-    )
-    return norm(ones)[0, 0].float()
+    weight = next(iter(norm.parameters()), like)
+    return norm(torch.ones(1, 1, like.shape[-1], device=weight.device, dtype=weight.dtype))[0, 0].float()
 
 
 def is_rms(norm: nn.Module, vectors: Tensor) -> bool:
     gain = norm_gain(norm, vectors)
-    expected = gain * vectors / vectors.square().mean(-1, keepdim=True).sqrt()
-    weight = next(iter(norm.parameters()), None)
-    given = norm(vectors[None].to(weight.dtype if weight is not None else vectors.dtype))[0].float()
+    expected = gain * vectors.to(gain) / vectors.to(gain).square().mean(-1, keepdim=True).sqrt()
+    given = norm(vectors[None].to(next(iter(norm.parameters()), vectors)))[0].float()
     return float((given - expected).norm()) <= 0.02 * float(expected.norm())
 
 
@@ -222,7 +219,7 @@ def aim_through_norm(gain: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
     Returns:
         o*, (n, d), with the rows' sizes those of `output`.
     """
-    g, t, o = gain.double(), wanted.double(), output.double()
+    g, t, o = wide(gain), wide(wanted), wide(output)
     d = o.shape[1]
     squares, pull = g.square(), g * t
     low = (-squares.min()).expand(len(t)).clone()
@@ -238,4 +235,4 @@ def aim_through_norm(gain: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
     free = (squares == squares.min()).double() * o
     u = u + free * (missing.sqrt() / free.norm(dim=1).clamp(min=1e-30))[:, None] * (missing > 1e-9 * d)[:, None]
     u = u * (d**0.5 / u.norm(dim=1, keepdim=True).clamp(min=1e-30))
-    return (u * o.square().mean(1, keepdim=True).sqrt()).float()
+    return (u * o.square().mean(1, keepdim=True).sqrt()).float().to(output.device)

@@ -22,7 +22,7 @@ class Unembedding:
     norm: nn.Module
     head: nn.Module
     gain: Tensor
-    """(d): the norm's gain."""
+    """(d): the norm's gain, beside the head."""
     centred: bool
     """Whether the norm subtracts the mean (LayerNorm)."""
     scale: float
@@ -44,35 +44,36 @@ class Unembedding:
             return None
         if is_traceable_wrapper_subclass(weight):  # quantised (torchao)
             return None
-        stream, read = stream[:64].to(weight.device), read[:64].to(weight.device)
+        stream, read = stream[:64], read[:64].to(weight.device)
         inside = {id(m) for m in blocks.modules()}
-        for norm in network.modules():
-            if "norm" not in type(norm).__name__.lower() or id(norm) in inside:
+        for norm in _language_model(network, blocks).modules():
+            fits = "norm" in type(norm).__name__.lower() and _width(norm) in (None, stream.shape[-1])
+            if not fits or id(norm) in inside:
                 continue
-            given = norm(stream.to(weight.dtype)).float()
-            if (given - read.to(given)).norm() > 0.02 * read.norm():
+            given = _normed(norm, stream.to(weight.dtype)).to(read)
+            if (given - read).norm() > 0.02 * read.norm():
                 continue
             config = network.config.get_text_config() if hasattr(network.config, "get_text_config") else network.config
             scale = getattr(config, "logit_scale", None) or 1.0
             scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
             cap = getattr(config, "final_logit_softcapping", None)
             if is_rms(norm, stream[:8]):
-                return cls(norm, head, norm_gain(norm, stream), False, scale, cap)
+                return cls(norm, head, norm_gain(norm, stream).to(weight.device), False, scale, cap)
             if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
-                return cls(norm, head, norm.weight.detach().float(), True, scale, cap)
+                return cls(norm, head, norm.weight.detach().float().to(weight.device), True, scale, cap)
         return None
 
     def logits(self, stream: Tensor) -> Tensor:
         """(n, vocabulary) float32, before any capping."""
-        return self.unembed(self.norm(stream.to(self.head.weight.dtype)))
+        return self.unembed(_normed(self.norm, stream.to(self.head.weight.dtype)))
 
     def unembed(self, read: Tensor) -> Tensor:
         """The logits of what the head reads (n, d): (n, vocabulary) float32, before any capping."""
-        return self.head(read.to(self.head.weight.dtype)).float() * self.scale
+        return self.head(read.to(self.head.weight)).float() * self.scale
 
     def read(self, stream: Tensor) -> Tensor:
         """What the head reads of a stream: (n, d) float32."""
-        return self.norm(stream.to(self.head.weight.dtype)).float()
+        return _normed(self.norm, stream.to(self.head.weight.dtype)).float().to(self.head.weight.device)
 
     def near(self, first: Tensor, second: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """A part of two streams, which may lie elsewhere, beside the unembedding."""
@@ -91,6 +92,24 @@ class Unembedding:
         if self.centred:
             return (stream.var(1, unbiased=False) + getattr(self.norm, "eps", 1e-5)).sqrt()
         return (stream.square().mean(1) + 1e-6).sqrt()
+
+
+def _language_model(network: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+    """The module that holds the blocks: what else a multimodal network has reads other streams."""
+    path = next(name for name, module in network.named_modules() if module is blocks)
+    return network.get_submodule(path.rpartition(".")[0])
+
+
+def _width(norm: nn.Module) -> int | None:
+    """The width of the vectors that a norm takes; None if it has no gain to tell."""
+    weight = getattr(norm, "weight", None)
+    return weight.shape[-1] if isinstance(weight, Tensor) and weight.ndim == 1 else None
+
+
+def _normed(norm: nn.Module, stream: Tensor) -> Tensor:
+    """A norm's answer, where the norm is: the head may be elsewhere, tied to the embedding before the first block."""
+    weight = next(iter(norm.parameters()), None)
+    return norm(stream if weight is None else stream.to(weight.device))
 
 
 def chunks(count: int, head: nn.Module) -> Iterator[slice]:

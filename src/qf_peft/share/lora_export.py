@@ -20,7 +20,9 @@ from transformers.utils import logging
 
 from ..adapter.checks import portable_adapter
 from ..adapter.model import padded
+from ..data.writing import saving_to
 from ..forward.blocks import find_blocks, linear_shape, split_path
+from ..runtime.devices import wide
 from ..runtime.processes import by_main
 from ..solve.least_squares import LowRankDelta
 from .lora_check import LARGEST_RANK, SMALLEST_RANK, is_allowed
@@ -174,8 +176,8 @@ def _bare_suffixes(network: nn.Module, names: list[str]) -> list[str]:
 
 def _norm(delta: LowRankDelta) -> float:
     """‖B A‖ in Frobenius norm, from QR of the factors (their Gram matrices would lose half the digits)."""
-    r_in = torch.linalg.qr(delta.A.double().T, mode="r").R
-    r_out = torch.linalg.qr(delta.B.double(), mode="r").R
+    r_in = torch.linalg.qr(wide(delta.A).T, mode="r").R
+    r_out = torch.linalg.qr(wide(delta.B), mode="r").R
     return float((r_out @ r_in.T).norm())
 
 
@@ -220,14 +222,15 @@ def _check_target(target: Path, format: str) -> None:
 
 def _write(target: Path, weights_name: str, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
     """Write both files to a temporary directory beside the target, then move them there."""
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))
-    try:
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, temporary / weights_name, metadata={"format": "pt"})
-        (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        target.mkdir(exist_ok=True)
-        for name in (weights_name, CONFIG_NAME):
-            (temporary / name).replace(target / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with saving_to(target, "the adapter"):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))
+        try:
+            stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(stored, temporary / weights_name, metadata={"format": "pt"})
+            (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+            target.mkdir(exist_ok=True)
+            for name in (weights_name, CONFIG_NAME):
+                (temporary / name).replace(target / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

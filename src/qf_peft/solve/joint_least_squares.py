@@ -15,11 +15,12 @@ the kernel form of ridge regression (Saunders et al., 1998) on the modules' keys
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..runtime.devices import solves_on, whole_products, wide
 from .least_squares import LowRankDelta
 from .second_moment import SecondMoment
 
@@ -29,21 +30,21 @@ class JointSystem:
 
     Args:
         keys: by module, Y_l (n, d_l), float32.
-        bounds: by module, P_l, with its `floor` > 0 on the diagonal.
+        bound: gives of a module P_l, with its `floor` > 0 on the diagonal; asked once for each, and let go.
         significance: s (n), > 0.
     """
 
     kernel: Tensor
     """(n, n) float64: K."""
 
-    def __init__(self, keys: Mapping[str, Tensor], bounds: Mapping[str, SecondMoment], significance: Tensor) -> None:
-        self.significance = significance.double()
+    def __init__(self, keys: Mapping[str, Tensor], bound: Callable[[str], SecondMoment], significance: Tensor) -> None:
+        self.significance = wide(significance)
         self._factors: dict[str, Tensor] = {}  # a module: (n, d_l) float32, Y_l P_l⁻¹
         n = len(significance)
-        self.kernel = torch.zeros(n, n, dtype=torch.float64, device=significance.device)
+        self.kernel = torch.zeros(n, n, dtype=torch.float64, device=solves_on(significance.device))
         for name, rows in keys.items():
-            solved = bounds[name].solve(rows)
-            self.kernel += rows.double() @ solved.T
+            solved = bound(name).solve(rows)
+            self.kernel += wide(rows) @ solved.T
             self._factors[name] = solved.float()
         self.kernel = (self.kernel + self.kernel.T) / 2
         self._ridge, self._cholesky = None, None
@@ -52,15 +53,16 @@ class JointSystem:
         """ρ as a multiple of the kernel's mean diagonal."""
         return relative * float(self.kernel.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny))
 
+    @whole_products()
     def changes(self, residual: Tensor, relative: float) -> dict[str, LowRankDelta]:
         """The modules' changes for R (n, d), with ρ = `ridge(relative)`; factors of rank ≤ min(n, d) in float32."""
         rho = self.ridge(relative)
         if rho != self._ridge:
             system = self.kernel + torch.diag(rho / self.significance)
             self._ridge, self._cholesky = rho, torch.linalg.cholesky(system)
-        coefficients = torch.cholesky_solve(residual.double(), self._cholesky).float()
-        n, width = coefficients.shape
+        coefficients = torch.cholesky_solve(wide(residual), self._cholesky).float()
+        home, (n, width) = residual.device, coefficients.shape
         if n <= width:
-            return {name: LowRankDelta(A=rows, B=coefficients.T) for name, rows in self._factors.items()}
+            return {n: LowRankDelta(A=rows, B=coefficients.T).to(home) for n, rows in self._factors.items()}
         unit = torch.eye(width, device=coefficients.device)
-        return {name: LowRankDelta(A=coefficients.T @ rows, B=unit) for name, rows in self._factors.items()}
+        return {n: LowRankDelta(A=coefficients.T @ rows, B=unit).to(home) for n, rows in self._factors.items()}

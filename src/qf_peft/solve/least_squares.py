@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..runtime.devices import solves_on, whole_products, wide
 from .second_moment import SecondMoment, add_gram, row_blocks
 
 _COLUMNS = 1024  # of one block of a wide matrix
@@ -41,6 +42,9 @@ class TaughtTokens:
             torch.cat([self.significance.to(device), other.significance]),
         )
 
+    def to(self, device: torch.device) -> TaughtTokens:
+        return TaughtTokens(self.keys.to(device), self.residual.to(device), self.significance.to(device))
+
 
 @dataclass(frozen=True)
 class LowRankDelta:
@@ -58,12 +62,13 @@ class LowRankDelta:
     @property
     def norm(self) -> float:
         """‖ΔW‖ (Frobenius), without forming it."""
-        a, b = self.A.double(), self.B.double()
+        a, b = wide(self.A), wide(self.B)
         return float(((a @ a.T) * (b.T @ b)).sum().clamp(min=0).sqrt())
 
     def __call__(self, keys: Tensor) -> Tensor:
         """ΔW applied to keys (n, d_in): (n, d_out)."""
-        return keys @ self.A.T @ self.B.T
+        with whole_products():
+            return keys @ self.A.T @ self.B.T
 
     def __add__(self, other: LowRankDelta) -> LowRankDelta:
         """The sum of two changes, by stacking their factors."""
@@ -87,7 +92,7 @@ class LowRankDelta:
         """
         if self.rank == 0:
             return self
-        a, b = self.A.double(), self.B.double()
+        a, b = wide(self.A), wide(self.B)
         if b.shape[1] >= b.shape[0]:  # more directions than outputs
             core, basis = b @ a, None
         else:
@@ -105,11 +110,12 @@ class LowRankDelta:
         keep = keep if rank is None else min(keep, rank)
         u, root = u[:, :keep], s[:keep].sqrt()
         return LowRankDelta(
-            A=((u.T @ core) / root[:, None]).to(self.A.dtype),
-            B=((u if basis is None else basis @ u) * root).to(self.B.dtype),
+            A=((u.T @ core) / root[:, None]).to(self.A),
+            B=((u if basis is None else basis @ u) * root).to(self.B),
         )
 
 
+@whole_products()
 def minimum_norm(keys: Tensor, residual: Tensor, significance: Tensor | None = None) -> LowRankDelta:
     """The smallest ΔW among those that minimise Σ_i s_i ‖ΔW y_i − r_i‖².
 
@@ -131,6 +137,8 @@ def minimum_norm(keys: Tensor, residual: Tensor, significance: Tensor | None = N
     Raises:
         ValueError: shapes do not agree, or a value is not finite or a weight negative.
     """
+    home = keys.device
+    keys, residual = keys.to(solves_on(home)), residual.to(solves_on(home))
     root, kept = _checked(keys, residual, significance)
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
     n, width = int(kept.sum()), keys.shape[1]
@@ -155,7 +163,7 @@ def minimum_norm(keys: Tensor, residual: Tensor, significance: Tensor | None = N
             add_gram(gram, block)
             cross = cross + block.T @ (r[part] * root[part])
         delta = _rows(_pseudo_solve(gram, cross, noise).T)
-    return (delta if min(n, width) > _LARGE and delta.rank == r.shape[1] else delta.compressed()).to(dtype)
+    return (delta if min(n, width) > _LARGE and delta.rank == r.shape[1] else delta.compressed()).to(dtype).to(home)
 
 
 def preserving(
@@ -196,6 +204,7 @@ def preserving(
     return beside(bound, TaughtTokens(keys, residual, given)).compressed().to(torch.float32)
 
 
+@whole_products()
 def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
     """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ), where P is `bound`, its floor ε on the diagonal;
     and P + Yᵀ S Y in `bound`: one step of recursive least squares.
@@ -211,11 +220,12 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
         parts: the rows of Y, R and s, in one part or several.
 
     Returns:
-        Factors of rank ≤ min(m + n, d_out) in float64, not compressed.
+        Factors of rank ≤ min(m + n, d_out) in float64, not compressed, where it was solved for.
 
     Raises:
         ValueError: shapes do not agree, a value is not finite, a weight negative, or ε not positive.
     """
+    parts = [rows.to(solves_on(rows.keys.device)) for rows in parts]
     for rows in parts:
         _checked(rows.keys, rows.residual, rows.significance)
         if bound.width != rows.keys.shape[1]:
@@ -256,6 +266,7 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
     return _rows(torch.cholesky_solve(cross.T, factor).T)
 
 
+@whole_products()
 def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> LowRankDelta:
     """The minimiser of Σ_i tr((ΔW − ΔW_i) P_i (ΔW − ΔW_i)ᵀ): ΔW = (Σ ΔW_i P_i) (Σ P_i)⁻¹.
 
@@ -279,7 +290,7 @@ def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> L
         total.add(bound)
     rows = []
     for delta, bound in zip(deltas, bounds, strict=True):
-        a = delta.A.double()
+        a = wide(delta.A)
         if bound.matrix is not None:
             weighed = a @ bound.matrix.to(a)
         else:
@@ -287,9 +298,10 @@ def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> L
             weighed = (a @ root.T) @ root
         rows.append(weighed + bound.floor * a)
     a = _apply_inverse(total, 1.0, total.floor, torch.cat(rows))
-    return LowRankDelta(A=a, B=torch.cat([delta.B.double() for delta in deltas], dim=1)).compressed().to(torch.float32)
+    return LowRankDelta(A=a, B=torch.cat([wide(delta.B) for delta in deltas], dim=1)).compressed().to(torch.float32)
 
 
+@whole_products()
 def sum_of_products(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
     """Σ_i w_i l_i r_iᵀ over the rows of two matrices (n, p) and (n, q): (p, q) float64, without copies of either.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from ..runtime.devices import solves_on, whole_products, wide
 
 _ROWS, _COLUMNS = 4096, 512  # of one block of a product
 _EXACT = 2048  # rows whose eigenvectors are soon found
@@ -19,6 +21,7 @@ class SecondMoment:
 
     Args:
         width: d_in, the keys' width.
+        home: where it lies; by default where the keys are that were added last, which is where it is summed.
     """
 
     root: Tensor | None
@@ -30,8 +33,8 @@ class SecondMoment:
     floor: float
     """What is added to C's diagonal by those who solve with it: a ridge, and what `compact` took off the rows."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, width: int, home: torch.device | None = None) -> None:
+        self.width, self.home = width, home
         self.count = 0
         self.floor = 0.0
         self.root = torch.zeros(0, width)
@@ -45,12 +48,14 @@ class SecondMoment:
         """
         if keys.ndim != 2 or keys.shape[1] != self.width:
             raise ValueError(f"keys have shape {tuple(keys.shape)}; expected (n, {self.width})")
+        keys = keys.to(solves_on(keys.device))
         weights = torch.as_tensor(weights, dtype=torch.float32, device=keys.device).expand(keys.shape[0])
         if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
             raise ValueError("a weight of a key is negative or not finite; expected numbers from 0 up")
         self.count += keys.shape[0]
         if self.root is not None and self.root.shape[0] + keys.shape[0] < self.width:
-            self.root = torch.cat([self.root.to(keys.device), keys.float() * weights.sqrt()[:, None]])
+            home = self.home or keys.device
+            self.root = torch.cat([self.root.to(home), (keys.float() * weights.sqrt()[:, None]).to(home)])
             return self
         self._as_matrix(keys.device)
         for part in row_blocks(keys.shape[0]):
@@ -75,6 +80,14 @@ class SecondMoment:
         twin.matrix = None if self.matrix is None else self.matrix.to(torch.float64, copy=True)
         return twin
 
+    def map(self, move: Callable[[Tensor], Tensor]) -> SecondMoment:
+        """Another of the same content with its tensor moved."""
+        twin = SecondMoment(self.width, self.home)
+        twin.count, twin.floor = self.count, self.floor
+        twin.root = None if self.root is None else move(self.root)
+        twin.matrix = None if self.matrix is None else move(self.matrix)
+        return twin
+
     def scale(self, factor: float) -> SecondMoment:
         """Multiply all by a factor ≥ 0. Returns itself."""
         if self.root is not None:
@@ -85,14 +98,16 @@ class SecondMoment:
         return self
 
     def to(self, device: torch.device) -> SecondMoment:
-        """Move to a device. Returns itself."""
+        """Move to a device, or to where what lies there is solved for. Returns itself."""
+        device = solves_on(device)
         self.root = None if self.root is None else self.root.to(device)
         self.matrix = None if self.matrix is None else self.matrix.to(device)
         return self
 
+    @whole_products()
     def compact(self, rank: int) -> SecondMoment:
-        """Bound the memory: C in float32, and where d_in > `rank`, and there are more than twice as many rows, the
-        `rank` largest directions as rows. Returns itself.
+        """Bound the memory: C in float32, exactly symmetric; and where d_in > `rank`, and there are more than twice as
+        many rows, the `rank` largest directions as rows. Returns itself.
 
         What the next largest eigenvalue δ says was lost at most is taken off those kept, and half of it added to the
         `floor`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2. Of more
@@ -100,7 +115,7 @@ class SecondMoment:
         0909.4061), and the error is of the order of δ.
         """
         if self.width <= rank or (self.root is not None and self.root.shape[0] <= 2 * rank):
-            self.matrix = None if self.matrix is None else self.matrix.float()
+            self.matrix = None if self.matrix is None else _mirrored(self.matrix.float())
             return self
         whole = self.root if self.root is not None else self.matrix
         if whole.shape[0] > max(4 * rank, _EXACT):
@@ -118,6 +133,7 @@ class SecondMoment:
         self.floor += float(lost) / 2
         return self
 
+    @whole_products()
     def solve(self, rows: Tensor) -> Tensor:
         """`rows` (n, d_in) times (C + floor I)⁻¹: (n, d_in) float64; by Cholesky factors of C, or where its root K has
         fewer rows of K Kᵀ + floor I (Woodbury).
@@ -127,7 +143,7 @@ class SecondMoment:
         """
         if not self.floor > 0:
             raise ValueError(f"floor={self.floor!r}; expected a positive number")
-        rows = rows.double()
+        rows = wide(rows)
         if self.matrix is not None:
             system = self.matrix.to(rows.device, torch.float64, copy=True)
             system.diagonal().add_(self.floor)
@@ -147,20 +163,21 @@ class SecondMoment:
 
     def quadratic(self, vectors: Tensor) -> Tensor:
         """vᵀ C v for each row v of `vectors` (n, d_in): (n)."""
-        v = vectors.double()
+        v = wide(vectors).to(self.root.device if self.matrix is None else self.matrix.device)
         if self.matrix is not None:
             return ((v @ self.matrix.double()) * v).sum(1)
         return (v @ self.root.double().T).square().sum(1)
 
     def _as_matrix(self, device: torch.device) -> None:
-        """Go over from the rows to the matrix."""
+        """Go over from the rows to the matrix; what is left to be summed is summed on the device."""
+        home = self.home or device
         if self.matrix is not None:
-            self.matrix = self.matrix.to(device, torch.float64)
+            self.matrix = self.matrix.to(home, torch.float64)
             return
-        root, self.root = self.root.to(device), None
-        self.matrix = torch.zeros(self.width, self.width, dtype=torch.float64, device=device)
+        root, self.root = self.root, None
+        self.matrix = torch.zeros(self.width, self.width, dtype=torch.float64, device=home)
         for part in row_blocks(root.shape[0]):
-            add_gram(self.matrix, root[part])
+            add_gram(self.matrix, root[part].to(device))
 
 
 def row_blocks(count: int, size: int = _ROWS) -> Iterator[slice]:
@@ -168,15 +185,39 @@ def row_blocks(count: int, size: int = _ROWS) -> Iterator[slice]:
     return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
+@whole_products()
 def add_gram(matrix: Tensor, rows: Tensor) -> None:
-    """Add Kᵀ K of rows K (n, d) to a matrix (d, d) in place: products in the rows' dtype, sums over calls in the
-    matrix's. Of a wide matrix only the blocks on and above the diagonal are computed; the rest mirrors them."""
+    """Add Kᵀ K of rows K (n, d) to a matrix (d, d), which may lie on another device, in place: products in the rows'
+    dtype, sums over calls in the matrix's. Of a wide matrix only the blocks on and above the diagonal are computed; the
+    rest mirrors them."""
     width = matrix.shape[0]
     for part in row_blocks(width, _COLUMNS):
         product = rows[:, part].T @ rows[:, part.start :]
-        matrix[part, part.start :] += product
+        matrix[part, part.start :] += product.to(matrix.device)
         if part.stop < width:
             matrix[part.stop :, part] = matrix[part, part.stop :].T
+
+
+def triangle(matrix: Tensor) -> Tensor:
+    """The upper triangle of a matrix (d, d), row after row: (d (d + 1) / 2)."""
+    return torch.cat([row[i:] for i, row in enumerate(matrix)])
+
+
+def from_triangle(values: Tensor, width: int) -> Tensor:
+    """The symmetric matrix (d, d) of such a triangle."""
+    matrix = values.new_zeros(width, width)
+    for i, part in enumerate(values.split(list(range(width, 0, -1)))):
+        matrix[i, i:] = part
+    return _mirrored(matrix)
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """A matrix (d, d) with its lower triangle made the mirror of its upper one, in place, a block at a time."""
+    for part in row_blocks(len(matrix), _COLUMNS):
+        matrix[part.stop :, part] = matrix[part, part.stop :].T
+        block = matrix[part, part]
+        block.copy_(block.triu() + block.triu(1).T)
+    return matrix
 
 
 def _leading(whole: Tensor, count: int, rooted: bool) -> tuple[Tensor, Tensor]:

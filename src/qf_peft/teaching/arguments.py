@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .constants import DIVERGENCE, DIVERGENCE_FACTS
+from .preserved_cache import CACHE_SIZE, Cache
 
-_HERE = ("activation_memory", "cache_dir", "disable_tqdm", "report_to")  # of this machine and run
+_HERE = ("activation_memory", "cache_dir", "cache_size", "disable_tqdm", "report_to")  # of this machine and run
 
 
 @dataclass
@@ -93,6 +94,9 @@ class QFTrainingArguments:
             Of the chats that the model writes itself. The same seed and data give the same adapter.
         cache_dir (`str` or `Path`, *optional*):
             Where preserved keys are kept, by default `qf_peft` in Hugging Face's cache folder (`HF_HOME`).
+        cache_size (`float`, defaults to 20.0):
+            How many GB the files there may take together. Beyond it those used longest ago are removed when another is
+            written; what is removed is measured anew when it is needed.
         disable_tqdm (`bool`, defaults to `False`):
             Show no progress bar. One appears only on work of more than two seconds, and none where
             `HF_HUB_DISABLE_PROGRESS_BARS` or `transformers.logging.disable_progress_bar()` says so.
@@ -125,6 +129,7 @@ class QFTrainingArguments:
     max_new_tokens: int = 256
     seed: int = 0
     cache_dir: str | Path | None = None
+    cache_size: float = CACHE_SIZE
     disable_tqdm: bool = False
     report_to: Any = None
 
@@ -156,6 +161,7 @@ class QFTrainingArguments:
             ("rank_tolerance", False),
             ("max_divergence", True),
             ("rehearse", False),
+            ("cache_size", False),
         ):
             value = getattr(self, name)
             if name == "max_divergence" and value is None:
@@ -177,6 +183,11 @@ class QFTrainingArguments:
         """The mean KL that may be left on held-out chats where so many facts are taught (see `max_divergence`)."""
         given = self.max_divergence
         return given if given is not None else DIVERGENCE * max(1.0, facts / DIVERGENCE_FACTS) ** 0.25
+
+    @property
+    def cache(self) -> Cache:
+        """Where what is measured once is kept."""
+        return Cache(self.cache_dir, self.cache_size)
 
     @property
     def activation_bytes(self) -> float | None:

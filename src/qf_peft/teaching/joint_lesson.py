@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..forward.blocks import split_path
 from ..forward.capture import Point, forward_pass
 from ..forward.prefix import common
 from ..forward.residual_stream import Writer, grows_with_depth
+from ..forward.scratch import Scratch
 from ..forward.unembedding import Unembedding
 from ..forward.walk import Walk
 from ..solve.joint_least_squares import JointSystem
@@ -106,6 +108,7 @@ class JointLesson(Lesson):
         keys = {name: Point(self.layers[name], "input") for name in candidates}
         walk = Walk(self.network, self.blocks, self.index[candidates[0]], self.bare, self.kept, **self.options)
         found = walk.begin({**streams, **keys, **self.ends}, len(self.blocks) - 1)
+        found = {name: kept.to(found["stream"].device) for name, kept in found.items()}  # blocks may lie on several
         unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
         chosen = self._chosen(candidates, found, known)
         walk.advance(self.index[chosen[0]])
@@ -114,7 +117,7 @@ class JointLesson(Lesson):
         before = read_off(unembedding, context["stream"], found["stream"][steps.own], steps.gold[steps.own])
         rows = self._contrasting(new)
         strays, chats = self._unseen(chosen, unembedding, known, rows, new)
-        bounds, system, present = self._system(chosen, found, steps, known, rows)
+        bound, system, present = self._system(chosen, found, steps, known, rows)
         begun = steps.needed.clamp(min=tuned.BEGUN_LEAD)
         margin = torch.where(self._beginnings(new).to(begun.device), begun, steps.needed)
 
@@ -126,7 +129,7 @@ class JointLesson(Lesson):
         wanted, strayed = fit.without_strays(strays, aimed - found["stream"])
         wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(known.facts + self.own))
 
-        self._bind(known, bounds, {name: found[name][steps.taught] for name in chosen}, system, ridge)
+        self._bind(known, bound, {name: found[name][steps.taught] for name in chosen}, system, ridge)
         known.delta.update(self._write(system, wanted[steps.taught], ridge, present, last=True))
         after = walk.look(len(self.blocks) - 1, {"stream": self.ends["stream"]})["stream"]
         reading = read_off(unembedding, context["stream"], after[steps.own], steps.gold[steps.own])
@@ -180,30 +183,31 @@ class JointLesson(Lesson):
 
     def _system(
         self, chosen: list[str], found: dict[str, Tensor], steps: Steps, known: TaughtAdapter, rows: list[list[int]]
-    ) -> tuple[dict[str, SecondMoment], JointSystem, dict[str, LowRankDelta]]:
-        """What must stay of each module, the least squares beside it, and the modules' present changes."""
+    ) -> tuple[Callable[[str], SecondMoment], JointSystem, dict[str, LowRankDelta]]:
+        """What gives by name what must stay of a module, made when it is needed (of wide modules each is gigabytes);
+        the least squares beside it; and the modules' present changes."""
         device, near = found["stream"].device, self._near(chosen, rows)
-        bounds = {name: self._bound(name, known, near.get(name), device) for name in chosen}
+        bound = partial(self._bound, known=known, near=near, device=device)
         significance = self.weights.to(device)[steps.taught]
-        system = JointSystem({name: found[name][steps.taught] for name in chosen}, bounds, significance)
+        system = JointSystem({name: found[name][steps.taught] for name in chosen}, bound, significance)
         present = {
             name: (known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)).to(device)
             for name in chosen
         }
-        return bounds, system, present
+        return bound, system, present
 
     def _bind(
         self,
         known: TaughtAdapter,
-        bounds: dict[str, SecondMoment],
+        bound: Callable[[str], SecondMoment],
         keys: dict[str, Tensor],
         system: JointSystem,
         ridge: float,
     ) -> None:
         """Let what is taught now bind later lessons."""
         for name, rows in keys.items():
-            bounds[name].update(rows, system.significance.float() / system.ridge(ridge))
-            known.bound[name] = bounds[name].compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT))
+            binding = bound(name).update(rows, system.significance.float() / system.ridge(ridge))
+            known.bound[name] = binding.compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT)).to(torch.device("cpu"))
             known.tokens.pop(name, None)
             known.offset.pop(name, None)
 
@@ -268,22 +272,26 @@ class JointLesson(Lesson):
         """By module the moment of the contrasting rows' keys, but for those held out."""
         rows = [ids for i, ids in enumerate(rows) if i % tuned.CONTRASTS_ASIDE != tuned.CONTRASTS_ASIDE - 1]
         points = {name: Point(self.layers[name], "input") for name in chosen}
-        moments = {}
+        moments, host = {}, torch.device("cpu")
         beside = sum(len(ids) - 2 for ids in rows)
         # What all begin with, the system prompt, is preserved in every chat; a pass that need not keep it runs it once.
         shared = min(common(min(rows), max(rows)), *(len(ids) - 2 for ids in rows)) if rows else 0
         for first in range(0, len(rows), tuned.CONTRAST_BATCH):
             part = rows[first : first + tuned.CONTRAST_BATCH]
             lengths = [len(ids) - 1 - shared for ids in part]
-            found = forward_pass(self.network, part, lengths, points, **self.unseen)
+            options = {**self.unseen, "scratch": Scratch(device=host)}  # of all modules: too much for the device
+            found = forward_pass(self.network, part, lengths, points, **options)
             # What is new is said at the last position; before it the answer may well begin as a taught one does.
             weights = torch.full((sum(lengths),), tuned.CONTRAST_WEIGHT_ALONG / max(beside, 1))
             weights[torch.tensor(lengths).cumsum(0) - 1] = tuned.CONTRAST_WEIGHT / len(rows)
             for name, keys in found.items():
-                moments.setdefault(name, SecondMoment(keys.shape[1])).update(keys, weights)
+                moment = moments.setdefault(name, SecondMoment(keys.shape[1], home=host))
+                moment.update(keys.to(self.network.get_input_embeddings().weight.device), weights)
         return moments
 
-    def _bound(self, name: str, known: TaughtAdapter, near: SecondMoment | None, device: torch.device) -> SecondMoment:
+    def _bound(
+        self, name: str, known: TaughtAdapter, near: dict[str, SecondMoment], device: torch.device
+    ) -> SecondMoment:
         """What must stay of a module: P."""
         if name in known.bound:
             bound = known.bound[name].copy()
@@ -293,9 +301,10 @@ class JointLesson(Lesson):
         strength = self.args.preserve_strength
         if name not in known.bound and strength != 1.0:
             bound.scale(strength)
-        if near is not None:
-            bound.add(near.scale(strength))
-        return bound.to(device)
+        bound.to(device)
+        if name in near:
+            bound.add(near[name].copy().to(device).scale(strength))
+        return bound
 
     def _write(
         self, system: JointSystem, wanted: Tensor, ridge: float, present: dict[str, LowRankDelta], last: bool = False

@@ -101,7 +101,8 @@ class Lesson(ABC):
         self.tuner.install(self.adapter, {})
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
         settings = self.args.to_dict()
-        self.tuner.taught[self.adapter] = replace(known, **{"installed": installed, "settings": settings, **changed})
+        known = replace(known, **{"installed": installed, "settings": settings, **changed})
+        self.tuner.taught[self.adapter] = known.on_host()
 
     def _any(self, wrong: Tensor) -> list[int]:
         """The examples with one of the positions (n) at a token of their answer that counts."""
@@ -124,8 +125,9 @@ class Lesson(ABC):
         return replace(known, **{part: dict(getattr(known, part)) for part in parts})
 
 
-def together(results: list[dict[str, float]]) -> dict[str, float]:
-    """Several lessons' metrics as one's: tokens and passes summed, divergences averaged over the tokens."""
+def together(results: list[dict[str, float]], rows: list[int]) -> dict[str, float]:
+    """The metrics of several lessons, of so many rows each, as one's: tokens summed, divergences averaged over the
+    tokens, and passes over the rows, which went through the model in one of the lessons only."""
     tokens = [metrics["taught_tokens"] for metrics in results]
     merged = dict(results[-1])
     for name in ("kl_before", "kl_after", "residual_left"):
@@ -133,7 +135,8 @@ def together(results: list[dict[str, float]]) -> dict[str, float]:
     for metrics in results:
         merged = {**metrics, **merged}
     merged["taught_tokens"] = sum(tokens)
-    merged["forward_passes"] = round(sum(metrics["forward_passes"] for metrics in results), 2)
+    passes = sum(n * metrics["forward_passes"] for n, metrics in zip(rows, results, strict=True)) / sum(rows)
+    merged["forward_passes"] = round(passes, 2)
     return merged
 
 

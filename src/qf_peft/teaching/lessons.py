@@ -81,10 +81,10 @@ class Lessons:
         self.tuner.taught[self.adapter] = replace(now, entries=entries, rehearsed=rehearsed)
         gently = joint or any(m.get("strength", 0) > self.args.preserve_strength for m in results)
         self._warn(rows, misread, missed if gently else [], len(entries))
-        beside = sum(len(taught) for taught, _ in lessons) - len(rows)
+        counts = [len(taught) for taught, _ in lessons]
         return {
-            "facts": len(rows), "chats": beside, **together(results), "unread": len(misread), "unsaid": len(missed),
-            "seconds": time.perf_counter() - start,
+            "facts": len(rows), "chats": sum(counts) - len(rows), **together(results, counts), "unread": len(misread),
+            "unsaid": len(missed), "seconds": time.perf_counter() - start,
         }  # fmt: skip
 
     def _warn(self, rows: list[Row], misread: list[Row], missed: list[Row], known: int) -> None:

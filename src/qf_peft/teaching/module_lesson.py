@@ -20,6 +20,7 @@ from ..forward.capture import Point, forward_pass
 from ..forward.residual_stream import aim_through_norm, norm_gain
 from ..forward.unembedding import Unembedding
 from ..forward.walk import Walk
+from ..runtime.devices import solves_on
 from ..solve.least_squares import LowRankDelta, TaughtTokens, beside, minimum_norm
 from ..solve.second_moment import SecondMoment
 from .arguments import QFTrainingArguments
@@ -158,7 +159,8 @@ class ModuleLesson(Lesson):
                 gap = missing
             if name == (writers[0] if final is not None else self.names[-1]):
                 wanted = gap.norm()
-            keys, device = found["keys"], found["keys"].device
+            device = solves_on(found["keys"].device)
+            keys = found["keys"].to(device)
             outputs = [found["output"]] if "output" in found else []
             residual = scratch.map(
                 lambda g, *o, name=name, behind=behind: self._residual(name, g / behind, *o), gap, *outputs
@@ -254,7 +256,7 @@ class ModuleLesson(Lesson):
         dropped = self.args.rank_tolerance * change.norm if config.grows and name != self.names[-1] else 0.0
         change = change.to(torch.float32)
         known.bound[name] = bound.compact(self.args.memory_rank)
-        return (before + change).compressed(rank=None if config.grows else config.r, tolerance=dropped)
+        return (before + change.to(before.A)).compressed(rank=None if config.grows else config.r, tolerance=dropped)
 
     def _weighed(self, preserved: Tensor, new: TaughtTokens) -> tuple[Tensor, Tensor]:
         """The preserved keys that count for this lesson, and their weights, which sum to 1."""
@@ -305,7 +307,7 @@ class ModuleLesson(Lesson):
         """What the stream changes by where the module's outputs (n, d_out) change by `change`."""
         if output is not None:
             gain = self._gain(name, output)
-            change = _normed(gain, output + change) - _normed(gain, output)
+            change = _normed(gain, output + change.to(output)) - _normed(gain, output)
         return change * self.writers[name].multiplier
 
     def _gain(self, name: str, output: Tensor) -> Tensor:

@@ -77,11 +77,12 @@ class ModuleSweeps:
         allowed = args.divergence_of(len({asked(e) for e in self.subject.facts} | {asked(row) for row in rows}))
         with nullcontext() if self.styled else tuner.without_adapters():
             head = head_inputs(network, kept.held_out, kept.answers, **options)
-        strength, harmful, fitting = args.preserve_strength, None, None
+        strength, harmful, fitting, passes = args.preserve_strength, None, None, 0.0
         for left in reversed(range(STRENGTH_TRIES)):
             found = self._swept(rows, replace(args, preserve_strength=strength), standing=False)
             kl = diverged(network, kept.held_out, kept.answers, head, **options)
             state = strength, found, kl, tuner.version(adapter)
+            passes += found[0]["forward_passes"]
             if kl.mean() > allowed:
                 harmful = strength
             else:
@@ -100,4 +101,5 @@ class ModuleSweeps:
         worst = max(part.mean() for part in kl.split(list(kept.answers)))
         tuner.taught[adapter] = replace(tuner.taught[adapter], settings=self.subject.args.to_dict())
         metrics.update(kl_preserved=float(kl.mean()), kl_preserved_worst=float(worst), strength=strength)
+        metrics["forward_passes"] = passes
         return metrics, unread, missed

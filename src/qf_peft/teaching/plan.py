@@ -8,7 +8,7 @@ from ..adapter.checks import check_teachable
 from ..data.ledger import asked, check_consistent
 from ..evaluate.subject import Subject
 from ..forward.blocks import find_blocks, split_path
-from .constants import OWN_CHATS
+from .constants import HELD_OUT, OWN_CHATS, STRENGTH_TRIES
 from .joint_lesson import passes_of, writers_late
 from .lessons import Lessons
 from .preserved_moments import general_chats, own_chats
@@ -36,9 +36,10 @@ def plan(subject: Subject, lessons: Lessons) -> dict[str, Any]:
     # rest of the way, to see what came of it.
     between = (blocks[-1] - blocks[0]) / depth
     passes = 2 + (2 + args.spread) * between + (1 - blocks[-1] / depth)
-    most = passes * args.sweeps
     preserves = args.preserve_strength > 0
     given = len(lessons.chats) if lessons.chats is not None else 0
+    held = preserves and (lessons.chats is None or given >= HELD_OUT)  # chats by which a lesson may be tried again
+    most = passes * args.sweeps * (STRENGTH_TRIES if held else 1)
     contrasting = preserves and contrast_count(len(subject.rows), len(facts), args.contrast_chats)
     contrast = args.contrast_chats if contrasting else 0
     chats, written = given, (0 if given or not preserves else args.preserve_chats or OWN_CHATS) + contrast

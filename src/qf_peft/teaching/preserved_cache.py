@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +29,26 @@ from ..runtime.processes import check_alike, exchange, writes_cache
 logger = logging.get_logger(__name__)
 
 _FORMAT = 5
+CACHE_SIZE = 20.0  # GB: two datasets' keys at all blocks of a model of 7 billion parameters, or moments of dozens
+_UNFINISHED = ".qf_cache-"  # a file that is being written, or was broken off
+_BROKEN_OFF = 24 * 3600  # seconds after which nobody writes it any more
+_NAME = re.compile(r"(moments|preserved)-[0-9a-f]{32}\.safetensors")
 _found_whole: set[tuple[str, int, int]] = set()  # files, with time and size, whose sum was found right
 Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder for what is measured once, and how large it may grow."""
+
+    folder: str | Path | None = None
+    """By default `qf_peft` in Hugging Face's cache."""
+    size: float = CACHE_SIZE
+    """In GB. Beyond it the files that were used longest ago are removed, but for the one just written."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) if self.folder is not None else Path(constants.HF_HOME) / "qf_peft"
 
 
 def cached(
@@ -34,7 +56,7 @@ def cached(
     content: Any,
     network: nn.Module,
     encoder: Encoder,
-    cache_dir: str | Path | None,
+    cache: Cache,
     make: Callable[[], Made],
     pack: Callable[[Made], tuple[dict[str, Tensor], dict[str, Any]]],
     unpack: Callable[[dict[str, Any], Mapping[str, Tensor]], Made],
@@ -48,7 +70,7 @@ def cached(
         kind: how the file's name begins.
         content: what is measured, as JSON can hold it.
         network, encoder: the model and its tokenizer's.
-        cache_dir: a folder; by default `qf_peft` in Hugging Face's cache.
+        cache: where it is.
         make: measures it.
         pack: what was made as tensors by name, and the rest for JSON.
         unpack: the way back, of the tensors read one by one from the file. May raise KeyError, TypeError or ValueError.
@@ -56,7 +78,7 @@ def cached(
     identity = hashlib.sha256(
         json.dumps([_FORMAT, kind, fingerprint(network), encoder.identity(), content]).encode()
     ).hexdigest()
-    folder = Path(cache_dir) if cache_dir is not None else Path(constants.HF_HOME) / "qf_peft"
+    folder = cache.path
     path = folder / f"{kind}-{identity[:32]}.safetensors"
     check_alike(lambda: {"model, or other chats to be preserved": identity})
     found = _read(path, identity, unpack)
@@ -66,6 +88,7 @@ def cached(
     try:
         if writes_cache():
             _write(path, identity, *pack(made))
+            _evict(folder, cache.size, path)
     except OSError as error:  # a full disk or a folder that cannot be written costs the cache, not the lesson
         logger.warning(f"what is preserved could not be cached in {folder}: {error}")
         return made
@@ -92,7 +115,7 @@ def _write(path: Path, identity: str, tensors: dict[str, Tensor], rest: dict[str
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = json.dumps({"identity": identity, "sum": _sum(tensors), **rest})
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED, suffix=".tmp")
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata={"preserved": header})
@@ -100,6 +123,26 @@ def _write(path: Path, identity: str, tensors: dict[str, Tensor], rest: dict[str
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _evict(folder: Path, size: float, written: Path) -> None:
+    """Remove the files used longest ago until those left take no more than so many GB, and what was broken off."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _BROKEN_OFF:
+                path.unlink()
+    files = []
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if _NAME.fullmatch(path.name) and path != written:
+                state = path.stat()
+                files.append((max(state.st_atime_ns, state.st_mtime_ns), state.st_size, path))
+    room = size * 1e9 - written.stat().st_size
+    for _, taken, path in sorted(files, reverse=True):
+        room -= taken
+        if room < 0:
+            with suppress(OSError):  # another process was faster, or (where open files stay) it is being read
+                path.unlink()
 
 
 def _read(path: Path, identity: str, unpack: Callable[[dict[str, Any], Mapping[str, Tensor]], Made]) -> Made | None:
@@ -118,23 +161,27 @@ def _read(path: Path, identity: str, unpack: Callable[[dict[str, Any], Mapping[s
         logger.warning(f"the cache {path.name} is damaged ({error}); it is made anew")
         return None
     _found_whole.add(seen)
+    with suppress(OSError):  # when it was used last, which file systems seldom note by themselves
+        os.utime(path, ns=(time.time_ns(), state.st_mtime_ns))
     return found
 
 
 class _TensorsInFile(Mapping):
-    """Tensors by name, each read from the file when it is asked for."""
+    """Tensors by name, each read from the file when it is asked for; it is kept open, because it may be removed."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        with safe_open(path, framework="pt") as file:
-            self.header = json.loads(file.metadata()["preserved"])
-            self._names = sorted(file.keys())
+        self._path, self._file = path, safe_open(path, framework="pt").__enter__()
+        self.header = json.loads(self._file.metadata()["preserved"])
+        self._names = sorted(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(name).clone()  # of its own: a file that is cut short takes mapped tensors with it
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                return file.get_tensor(name).clone()  # of its own: a file cut short takes mapped tensors with it
+        except FileNotFoundError:
+            return self._file.get_tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from ..data.rows import Encoder, Text
 from ..forward.capture import Point, forward_pass
+from ..forward.scratch import Scratch
 from .constants import HELD_OUT, MOST_KEYS
-from .preserved_cache import cached
-from .preserved_chats import Chat, answer_starts, answered_chats, write_chats
+from .preserved_cache import Cache, cached
+from .preserved_chats import Chat, answered_chats, write_chats
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def preserved_keys(
     starts_only: bool = False,
     batch_tokens: int,
     seed: int,
-    cache_dir: str | Path | None,
+    cache: Cache,
+    memory: float | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Preserved:
     """The keys of chats at their answer positions, in one forward sweep; from the cache where they are in it.
@@ -96,7 +97,8 @@ def preserved_keys(
         starts_only: keep only the keys at the steps where answers begin, by which the nearest chats are found.
         batch_tokens: tokens at once, padding included.
         seed: of the chats it writes itself.
-        cache_dir: a folder; by default `qf_peft` in Hugging Face's cache.
+        cache: where they are kept.
+        memory: how many bytes of keys may be held while they are measured; what is beyond lies in temporary files.
         progress: called with the number of chats done.
 
     Returns:
@@ -106,7 +108,7 @@ def preserved_keys(
 
     def make() -> Preserved:
         written = write_chats(network, encoder, own, seed, progress) if own else []
-        return _measure(network, encoder, modules, [*chats, *written], starts_only, batch_tokens, progress)
+        return _measure(network, encoder, modules, [*chats, *written], starts_only, batch_tokens, memory, progress)
 
     def pack(made: Preserved) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return dict(made.keys), {"sequences": made.sequences, "kept": made.kept, "prompts": made.prompts}
@@ -116,7 +118,7 @@ def preserved_keys(
             raise KeyError(missing[0])
         return Preserved(header["sequences"], header["kept"], keys, header["prompts"])
 
-    return cached("preserved", [sorted(modules), content], network, encoder, cache_dir, make, pack, unpack)
+    return cached("preserved", [sorted(modules), content], network, encoder, cache, make, pack, unpack)
 
 
 def _measure(
@@ -126,27 +128,31 @@ def _measure(
     chats: list[Chat],
     starts_only: bool,
     batch_tokens: int,
+    memory: float | None,
     progress: Callable[[int], None],
 ) -> Preserved:
+    """The keys, on the host and in the model's dtype as soon as they are met: those of all modules together are many
+    times what the model's own pass holds."""
     sequences, kept, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
     thinned = max(1, -(-sum(kept) // MOST_KEYS))
     if thinned > 1 and not starts_only:
         sequences, kept, prompts = sequences[::thinned], kept[::thinned], prompts[::thinned]
     points = {name: Point(module, "input") for name, module in modules.items()}
-    dtype = network.get_input_embeddings().weight.dtype
-    found = forward_pass(
+    read, counts = sequences, kept
+    if starts_only:  # what comes after an answer's first step does not matter to it
+        read = [ids[: len(ids) - count + 1] for ids, count in zip(sequences, kept, strict=True)]
+        counts = [1] * len(kept)
+    keys = forward_pass(
         network,
-        sequences,
-        kept,
+        read,
+        counts,
         points,
         batch_tokens=batch_tokens,
         pad_id=encoder.tokenizer.pad_token_id,
+        scratch=Scratch(memory, device=torch.device("cpu"), dtype=network.get_input_embeddings().weight.dtype),
         progress=progress,
     )
-    if starts_only:
-        starts = answer_starts(kept)
-        found = {name: keys[starts] for name, keys in found.items()}
-    return Preserved(sequences, kept, {name: keys.to("cpu", dtype) for name, keys in found.items()}, prompts)
+    return Preserved(sequences, kept, keys, prompts)
 
 
 def nearest(starts: Tensor, taught: Tensor, count: int) -> list[int]:

@@ -7,7 +7,7 @@ predictions there says what it did to chats like them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.rows import Encoder, Text
 from ..forward.capture import Point, forward_pass
+from ..forward.scratch import Scratch
 from ..solve.second_moment import SecondMoment
 from .arguments import QFTrainingArguments
 from .constants import FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SINK, SINK_WEIGHT, WRITTEN
@@ -74,10 +75,10 @@ def preserved_moments(
         return _measure(network, encoder, modules, kept, batch_tokens, progress)
 
     def unpack(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> PreservedMoments:
-        moments = {name: _moment(name, header["counts"][name], tensors) for name in names}
+        moments = _MomentsInFile(tensors, {name: header["counts"][name] for name in names})
         return PreservedMoments(moments, header["prompts"], header["held_out"], header["answers"], tensors["head"])
 
-    return cached("moments", [names, content, seed], network, encoder, args.cache_dir, make, _pack, unpack)
+    return cached("moments", [names, content, seed], network, encoder, args.cache, make, _pack, unpack)
 
 
 def general_chats() -> list[Chat]:
@@ -114,13 +115,19 @@ def _measure(
     points = {name: Point(module, "input") for name, module in modules.items()}
     moments: dict[str, SecondMoment] = {}
     norms: dict[str, float] = {}
+    near = network.get_input_embeddings().weight.device
     for first in _parts([len(ids) - 1 for ids, _ in solved]):
         part = [solved[i] for i in first]
         lengths = [len(ids) - 1 for ids, _ in part]
-        found = forward_pass(network, [ids for ids, _ in part], lengths, points, progress=progress, **options)
+        # On the host, and a module's at a time on the device: together they are many times what a pass holds.
+        scratch = Scratch(device=torch.device("cpu"))
+        found = forward_pass(
+            network, [ids for ids, _ in part], lengths, points, progress=progress, scratch=scratch, **options
+        )
         weights = torch.cat([_weights(length, count) for length, (_, count) in zip(lengths, part, strict=True)])
         for name, keys in found.items():
-            moment = moments.setdefault(name, SecondMoment(keys.shape[1]))
+            moment = moments.setdefault(name, SecondMoment(keys.shape[1], home=keys.device))
+            keys = keys.to(near)
             norm = torch.linalg.vector_norm(keys, dim=1)
             median = norms.setdefault(name, float(norm.median()))
             moment.update(keys, weights.to(keys) * torch.where(norm > SINK * median, SINK_WEIGHT, 1.0) / len(solved))
@@ -162,13 +169,25 @@ def _pack(made: PreservedMoments) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }  # fmt: skip
 
 
-def _moment(name: str, count: int, tensors: Mapping[str, Tensor]) -> SecondMoment:
-    moment = SecondMoment(0)
-    if f"root {name}" in tensors:
-        moment.root = tensors[f"root {name}"]
-        moment.width = moment.root.shape[1]
-    else:
-        moment.root, moment.matrix = None, tensors[f"matrix {name}"]
-        moment.width = moment.matrix.shape[1]
-    moment.count = count
-    return moment
+class _MomentsInFile(Mapping):
+    """Moments by module name, each read from the file when it is asked for: of wide modules each is gigabytes."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], counts: dict[str, int]) -> None:
+        if missing := [n for n in counts if f"root {n}" not in tensors and f"matrix {n}" not in tensors]:
+            raise KeyError(missing[0])
+        self._tensors, self._counts = tensors, counts
+
+    def __getitem__(self, name: str) -> SecondMoment:
+        count, kind = self._counts[name], "root" if f"root {name}" in self._tensors else "matrix"
+        tensor = self._tensors[f"{kind} {name}"]
+        moment = SecondMoment(tensor.shape[1])
+        moment.root = moment.matrix = None
+        setattr(moment, kind, tensor)
+        moment.count = count
+        return moment
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)

@@ -100,7 +100,7 @@ def preserved_and_contrasting(
         return None, None
     contrast, layers = None, learner.tuner.layers(learner.adapter)
     options = {
-        "batch_tokens": args.batch_tokens, "seed": args.seed, "cache_dir": args.cache_dir,
+        "batch_tokens": args.batch_tokens, "seed": args.seed, "cache": args.cache, "memory": args.activation_bytes,
         "progress": progress,
     }  # fmt: skip
     own = 0 if chats is not None else args.preserve_chats or OWN_CHATS

@@ -14,21 +14,21 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..adapter.checks import active_qf_adapter, check_teachable
-from ..adapter.saving import weights_sum
+from ..adapter.statistics_file import weights_sum
+from ..adapter.versions import kept as kept_versions
 from ..data.ledger import Entry, asked, check_consistent
 from ..data.rows import Encoder, read_rows
 from ..evaluate.metrics import Metric, measure, paraphrase_rows, prompt_rows
 from ..evaluate.report import write_report
-from ..evaluate.subject import Subject, evaluating
+from ..evaluate.subject import Subject
 from ..forward.blocks import text_config
+from ..forward.modes import evaluating
 from ..runtime.processes import all_or_none, check_alike, start
 from ..runtime.trackers import Trackers
 from .arguments import QFTrainingArguments
 from .lessons import Lessons
 from .plan import plan
 from .preserved_chats import read_preserve_dataset
-
-_VERSIONS = 8  # kept for rollback
 
 
 class QFTrainer(Subject):
@@ -118,8 +118,8 @@ class QFTrainer(Subject):
             them where the budget of divergence was in the way), `kl_preserved` and `kl_preserved_worst` (mean KL at
             held-out chats, and the worst chat's), `strength` (the `preserve_strength` at last, where lessons are solved
             module by module; else the metrics of [`JointLesson.run`] are there besides), `rank`,
-            `forward_passes` (how often the rows went through the model, in
-            units of its depth) and `seconds`.
+            `forward_passes` (how often the rows went through the model, in units of its depth: all sweeps and tries,
+            but no rows of earlier lessons that were taught again) and `seconds`.
 
         Raises:
             ValueError: there are no rows, one cannot be expressed or is too long, two contradict each other, or the
@@ -192,7 +192,7 @@ class QFTrainer(Subject):
 
     def rollback(self) -> None:
         """Return to the adapter before the last `train`, `forget` or `consolidate`, bit for bit. The last eight are
-        kept with the model in memory, not in files.
+        kept with the model, not in the adapter's files: a gigabyte of them in memory, the rest in temporary files.
 
         Raises:
             ValueError: there is none.
@@ -270,12 +270,13 @@ class QFTrainer(Subject):
             of the longest row, with its instruction), `modules` (the names of those that would be changed), `chats`
             (to be preserved), `chats_to_write` (by the model itself, unless they are cached), `forward_passes` (of the
             rows in one sweep, an estimate in units of the model's depth) and `forward_passes_at_most` (if every row
-            needed all sweeps).
+            needed all sweeps, at every strength that may be tried).
 
         Raises:
             ValueError: what `train()` would raise of the rows and the adapter's state.
         """
-        return plan(self, self._lessons(tqdm(disable=True)))
+        with self.tuner.serving.changing():  # the few tokens are the base model's
+            return plan(self, self._lessons(tqdm(disable=True)))
 
     def report(
         self,
@@ -346,4 +347,5 @@ class QFTrainer(Subject):
                 tuner.restore(self.adapter_name, before)
                 self.metrics = metrics
                 raise
-            tuner.versions[self.adapter_name] = [*tuner.versions.get(self.adapter_name, []), before][-_VERSIONS:]
+            earlier = tuner.versions.get(self.adapter_name, [])
+            tuner.versions[self.adapter_name] = kept_versions(earlier, before, tuner.taught.get(self.adapter_name))
