@@ -59,7 +59,7 @@ class Life:
 
     def recall(self, rows):
         trainer = self.trainer()
-        answers = Evaluator(trainer._network, trainer.encoder).answers(read_rows(rows))
+        answers = Evaluator(trainer.network, trainer.encoder).answers(read_rows(rows))
         right = [answer == normalise(row["completion"]) for answer, row in zip(answers, rows, strict=True)]
         return sum(right) / len(right)
 
