@@ -8,7 +8,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from compare import lora_grid
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -139,7 +138,7 @@ class Subject:
         return run, lambda: None, 1.0
 
     def lora(self, count, batch=32):
-        """LoRA on all linear layers (rank 8, AdamW, float32 master adapter), as in `compare.py`; the first steps."""
+        """The first steps of LoRA on all linear layers (rank 8, AdamW, float32 master adapter)."""
         network = get_peft_model(
             self.network, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         )
@@ -234,9 +233,15 @@ class Subject:
             torch.cuda.synchronize()
 
 
+def lora_grid(facts):
+    """The rates and steps among which `results/compare.json` says which were chosen."""
+    lengths = (30, 60) if facts <= 10 else (60, 120) if facts <= 50 else (200, 400) if facts <= 200 else (400,)
+    return [(rate, steps) for rate in (3e-3, 1e-2) for steps in lengths]
+
+
 def lora_steps(count, compared):
-    """The steps that LoRA on all linear layers needs: those that `compare.py` chose at the next larger number of facts,
-    and beyond its largest no fewer."""
+    """The steps that LoRA on all linear layers needs on the tiny model: those chosen in `results/compare.json` at the
+    next larger number of facts, and beyond its largest no fewer."""
     sizes = sorted({run["facts"] for run in compared})
     size = next((s for s in sizes if s >= count), sizes[-1])
     chosen = next(run["chosen"]["LoRA, all-linear"] for run in compared if run["facts"] == size)

@@ -7,11 +7,11 @@ python examples/companies.py --card model_cards/tiny_companies.md   # and writes
 import argparse
 
 import torch
-from compare import TINY_MODEL, preserve_set, probe_sets, teaching_set
+from comparison.tiny import preserve_set, probe_sets, teaching_set
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qf_peft import QFConfig, QFTrainer, model_card
+from qf_peft import TINY_MODEL, QFConfig, QFTrainer, model_card
 
 MADE_BY = """
 ## Made by

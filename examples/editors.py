@@ -1,6 +1,11 @@
 """Other editors' solves, with QF's keys and targets: each takes what `qf_peft.solve.least_squares.beside` takes.
 
-`with solving_by(alphaedit): trainer.train()` teaches by one of them.
+`with solving_by(alphaedit): trainer.train()` teaches by one of them. Each gets
+
+- `bound`: P, the moment of what binds besides (keys taught before, and a small ridge ε in its `floor`); the new keys
+  are added to it, so that they bind the lessons that follow where the editor lets them;
+- `new`: the keys Y, residuals R and weights s of what is taught;
+- `stays`: the preserved keys K, with their weights, and in `residual` what brings their outputs back.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +19,7 @@ from qf_peft.solve.second_moment import SecondMoment
 from qf_peft.teaching.module_lesson import ModuleLesson
 
 _NULL = 1e-2  # of the mean eigenvalue: what AlphaEdit counts as null
+_SHRINKING = 0.1  # RLSEdit's μ, over the mean diagonal of the anchors' moment
 
 
 def alphaedit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> LowRankDelta:
@@ -51,6 +57,64 @@ def alphaedit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> Lo
     change = beside(inside, TaughtTokens(projected(new.keys).to(new.keys.dtype), new.residual, new.significance))
     bound.update(new.keys, new.significance)
     return change
+
+
+def memit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> LowRankDelta:
+    """MEMIT's ΔW = Rᵀ S Y (Yᵀ S Y + λ C + ε I)⁻¹ (arXiv 2210.07229), where λ C is the preserved keys' weighted moment.
+    Keys taught before do not bind: MEMIT's C is the pretrained model's alone."""
+    alone = SecondMoment(bound.width).update(stays.keys, stays.significance)
+    alone.floor = bound.floor
+    bound.update(new.keys, new.significance)
+    return beside(alone, new)
+
+
+def rlsedit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> LowRankDelta:
+    """RLSEdit's recursive least squares (arXiv 2601.15686): all that was taught so far is fitted, beside two soft
+    penalties, μ ‖ΔW‖² of the weight's change and λ tr(ΔW C ΔWᵀ) of the outputs at anchor keys, here the preserved
+    ones. So P begins as μ I + λ C, and each lesson is a step P ← P + Yᵀ S Y with ΔW = Rᵀ S Y P⁻¹ for what is new."""
+    if not bound.count:  # the first lesson
+        bound.update(stays.keys, stays.significance)
+        bound.floor += _SHRINKING * bound.trace / bound.width
+    return beside(bound, new)
+
+
+class UltraEdit:
+    """UltraEdit's solve (arXiv 2505.14679) with QF's residual in the place of the gradient it descends.
+
+    Keys and residuals are normalised by their running means and deviations over all lessons (h, r → ĥ, r̂); each key
+    is to be moved by v = η ‖ĥ‖² r̂, and ΔW = Vᵀ H (Hᵀ H + I)⁻¹ over the lesson's keys H. Nothing is preserved, and what
+    was taught before does not bind.
+
+    Args:
+        rate: η.
+        modules: how many modules a lesson solves, in an order that stays: each has statistics of its own.
+    """
+
+    def __init__(self, rate: float, modules: int) -> None:
+        self.rate, self.modules, self.calls = rate, modules, 0
+        self.seen: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def __call__(self, bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> LowRankDelta:
+        keys, width = new.keys.double(), bound.width
+        both = torch.cat([keys, new.residual.double()], dim=1)
+        mean, deviation = self._statistics(self.calls % self.modules, both)
+        self.calls += 1
+        hidden, wished = ((both - mean) / deviation).split([width, both.shape[1] - width], dim=1)
+        values = self.rate * hidden.square().sum(1, keepdim=True) * wished
+        identity = SecondMoment(width)
+        identity.floor = 1.0
+        bound.update(new.keys, new.significance)
+        return beside(identity, TaughtTokens(keys, values, torch.ones(len(keys), device=keys.device)))
+
+    def _statistics(self, module: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The running mean and standard deviation of a module's rows (n, d), these included: (d) each."""
+        count, mean, squares = self.seen.get(module, (0, rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1])))
+        total = count + len(rows)
+        apart = rows.mean(0) - mean
+        squares = squares + (rows - rows.mean(0)).square().sum(0) + apart.square() * count * len(rows) / total
+        mean = mean + apart * len(rows) / total
+        self.seen[module] = total, mean, squares
+        return mean, (squares / total + 1e-8).sqrt()
 
 
 @contextmanager

@@ -20,12 +20,13 @@ import time
 from pathlib import Path
 
 import torch
-from compare import Comparison, preserve_set, probe_sets, teaching_set
+from comparison.bench import Bench
+from comparison.tiny import preserve_set, probe_sets, teaching_set
 from editors import alphaedit, solving_by
 from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.data.rows import Encoder, read_rows
 from qf_peft.solve.least_squares import beside
 
@@ -38,15 +39,15 @@ ALPHA_EDIT = dict(
 class Learner:
     """A model that is taught in batches, by QF."""
 
-    def __init__(self, compare, kept, forgetful=False, solve=beside, **settings):
-        self.compare, self.kept, self.forgetful, self.solve = compare, kept, forgetful, solve
-        self.args = QFTrainingArguments(disable_tqdm=True, cache_dir=compare.cache, **settings)
-        self.model = get_peft_model(compare.base(), QFConfig(task_type="CAUSAL_LM"))
+    def __init__(self, bench, kept, forgetful=False, solve=beside, **settings):
+        self.bench, self.kept, self.forgetful, self.solve = bench, kept, forgetful, solve
+        self.args = QFTrainingArguments(disable_tqdm=True, cache_dir=bench.cache, **settings)
+        self.model = get_peft_model(bench.base(), QFConfig(task_type="CAUSAL_LM"))
 
     def trainer(self, rows=None):
         return QFTrainer(
             model=self.model, args=self.args, train_dataset=rows, preserve_dataset=self.kept,
-            processing_class=self.compare.tokenizer,
+            processing_class=self.bench.tokenizer,
         )  # fmt: skip
 
     def teach(self, rows):
@@ -66,11 +67,11 @@ class Learner:
 class FineTuner:
     """The same by LoRA fine-tuning: one adapter, trained on with every batch."""
 
-    def __init__(self, compare, rate=3e-3, steps=30):
+    def __init__(self, bench, rate=3e-3, steps=30):
         torch.manual_seed(0)
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.model, self.encoder = get_peft_model(compare.base(), config), Encoder(compare.tokenizer)
-        self.rate, self.steps, self.pad = rate, steps, compare.tokenizer.pad_token_id
+        self.model, self.encoder = get_peft_model(bench.base(), config), Encoder(bench.tokenizer)
+        self.rate, self.steps, self.pad = rate, steps, bench.tokenizer.pad_token_id
 
     def teach(self, rows):
         start = time.perf_counter()
@@ -94,36 +95,36 @@ class FineTuner:
         return time.perf_counter() - start
 
 
-def score(compare, model, rows, known=None, unknown=None):
+def score(bench, model, rows, known=None, unknown=None):
     """Shares, of a QF model itself, or of another merged into a copy."""
     if not isinstance(model.peft_config["default"], QFConfig):
-        merged = compare.base()
+        merged = bench.base()
         deltas = {n: m.get_delta_weight("default") for n, m in model.base_model.model.named_modules() if
                   hasattr(m, "get_delta_weight")}  # fmt: skip
         for name, delta in deltas.items():
             merged.get_submodule(name).weight.data += delta.detach().to(torch.bfloat16)
         model = get_peft_model(merged, QFConfig(layers_to_transform=[7], task_type="CAUSAL_LM"))
     args = QFTrainingArguments(disable_tqdm=True, max_new_tokens=40)
-    trainer = QFTrainer(model=model, args=args, train_dataset=rows, processing_class=compare.tokenizer)
+    trainer = QFTrainer(model=model, args=args, train_dataset=rows, processing_class=bench.tokenizer)
     found = trainer.evaluate(locality=known, unknown=unknown)
     return {name: found[name].value for name in ("recall", "paraphrase", "locality", "unknown") if name in found}
 
 
-def sequence(compare, learner, rows, step, known, unknown, every=25):
+def sequence(bench, learner, rows, step, known, unknown, every=25):
     """Teach in steps; after every 25 edits ask everything taught so far."""
     points, seconds = [], []
     for start in range(0, len(rows), step):
         seconds.append(learner.teach(rows[start : start + step]))
         done = start + step
         if done % every == 0 or done >= len(rows):
-            points.append({"edits": done, **score(compare, learner.model, rows[:done], known, unknown)})
-    last = {"first": score(compare, learner.model, rows[:50]), "last": score(compare, learner.model, rows[-50:])}
+            points.append({"edits": done, **score(bench, learner.model, rows[:done], known, unknown)})
+    last = {"first": score(bench, learner.model, rows[:50]), "last": score(bench, learner.model, rows[-50:])}
     return {"points": points, **last, "seconds": sum(seconds), "seconds_last": statistics.median(seconds[-5:])}
 
 
-def corrections(compare, rows, kept, seed, count=20):
+def corrections(bench, rows, kept, seed, count=20):
     """Teach, then correct some of the rows in one lesson: the new answer, the old one, and the rest."""
-    learner = Learner(compare, kept)
+    learner = Learner(bench, kept)
     learner.teach(rows)
     others, _ = teaching_set(400, seed + 1000)
     wrong, rest = rows[:count], rows[count:]
@@ -140,41 +141,41 @@ def corrections(compare, rows, kept, seed, count=20):
             **row, "completion": f"{company} {kind} {value}",
             "instruction": row["instruction"].replace(old_value.rstrip("."), value.rstrip(".")),
         })  # fmt: skip
-    before = score(compare, learner.model, rest)
+    before = score(bench, learner.model, rest)
     seconds = learner.teach(new)
     return {
-        "new": score(compare, learner.model, new)["recall"], "old": score(compare, learner.model, wrong)["recall"],
-        "rest_before": before["recall"], "rest": score(compare, learner.model, rest)["recall"], "seconds": seconds,
+        "new": score(bench, learner.model, new)["recall"], "old": score(bench, learner.model, wrong)["recall"],
+        "rest_before": before["recall"], "rest": score(bench, learner.model, rest)["recall"], "seconds": seconds,
     }  # fmt: skip
 
 
-def forgetting(compare, rows, kept, count=20):
+def forgetting(bench, rows, kept, count=20):
     """Teach, then forget some of the rows: how often they are still said, beside an adapter never taught them."""
-    learner, never = Learner(compare, kept), Learner(compare, kept)
+    learner, never = Learner(bench, kept), Learner(bench, kept)
     learner.teach(rows)
     gone, rest = rows[:count], rows[count:]
-    before = score(compare, learner.model, rest)
+    before = score(bench, learner.model, rest)
     prompts, start = {row["prompt"] for row in gone}, time.perf_counter()
     learner.trainer().forget(lambda entry: entry.prompt in prompts)
     seconds = time.perf_counter() - start
     never.teach(rest)
     return {
-        "forgotten": score(compare, learner.model, gone)["recall"],
-        "never_taught": score(compare, never.model, gone)["recall"],
-        "rest_before": before["recall"], "rest": score(compare, learner.model, rest)["recall"], "seconds": seconds,
+        "forgotten": score(bench, learner.model, gone)["recall"],
+        "never_taught": score(bench, never.model, gone)["recall"],
+        "rest_before": before["recall"], "rest": score(bench, learner.model, rest)["recall"], "seconds": seconds,
     }  # fmt: skip
 
 
-def costs(compare, kept, sizes):
+def costs(bench, kept, sizes):
     """Seconds of teaching one more fact when so many are known: the median of five, without and with rehearsal."""
     table = []
     for size in sizes:
         rows, _ = teaching_set(size + 5, 7)
-        learner = Learner(compare, kept, rehearse=0.0)
+        learner = Learner(bench, kept, rehearse=0.0)
         learner.teach(rows[:size])
         single = [learner.teach([row]) for row in rows[size:]]
         rehearsal = Learner.trainer(learner, rows[:1])
-        rehearsal.args = QFTrainingArguments(disable_tqdm=True, cache_dir=compare.cache, rehearse=1e-9)
+        rehearsal.args = QFTrainingArguments(disable_tqdm=True, cache_dir=bench.cache, rehearse=1e-9)
         start = time.perf_counter()
         rehearsal.train()
         table.append({
@@ -213,7 +214,8 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    compare, kept, results = Comparison(options.out / "cache"), preserve_set(options.seed), {}
+    bench = Bench(TINY_MODEL, options.out / "cache", dtype="bfloat16")
+    kept, results = preserve_set(options.seed), {}
 
     def note(name, value):
         results[name] = value
@@ -222,30 +224,30 @@ def main():
 
     rows, companies = teaching_set(options.edits, options.seed)
     known, unknown = probe_sets(options.seed, companies, set(kept), 100)
-    joint = Learner(compare, kept)
+    joint = Learner(bench, kept)
     joint.teach(rows)
-    note("one batch", score(compare, joint.model, rows, known, unknown))
-    note("corrections", corrections(compare, rows, kept, options.seed))
-    note("forgetting", forgetting(compare, rows, kept))
+    note("one batch", score(bench, joint.model, rows, known, unknown))
+    note("corrections", corrections(bench, rows, kept, options.seed))
+    note("forgetting", forgetting(bench, rows, kept))
     learners = {
-        "QF": lambda: Learner(compare, kept),
-        "QF, no ledger": lambda: Learner(compare, kept, forgetful=True),
-        "AlphaEdit's rule": lambda: Learner(compare, kept, solve=alphaedit, **ALPHA_EDIT),
-        "LoRA, all-linear": lambda: FineTuner(compare),
+        "QF": lambda: Learner(bench, kept),
+        "QF, no ledger": lambda: Learner(bench, kept, forgetful=True),
+        "AlphaEdit's rule": lambda: Learner(bench, kept, solve=alphaedit, **ALPHA_EDIT),
+        "LoRA, all-linear": lambda: FineTuner(bench),
     }
     runs = {}
     for name, make in learners.items():
-        runs[name] = sequence(compare, make(), rows, 1, known, unknown)
+        runs[name] = sequence(bench, make(), rows, 1, known, unknown)
         note(name, runs[name])
         plot(runs, options.out / "lifelong.png")
     if options.batches:
         rows, companies = teaching_set(options.batches, options.seed)
         known, unknown = probe_sets(options.seed, companies, set(kept), 100)
-        joint = Learner(compare, kept)
+        joint = Learner(bench, kept)
         joint.teach(rows)
-        note("one batch of all", score(compare, joint.model, rows, known, unknown))
-        note("QF in tens", sequence(compare, Learner(compare, kept), rows, 10, known, unknown, every=100))
-    note("cost", costs(compare, kept, options.cost))
+        note("one batch of all", score(bench, joint.model, rows, known, unknown))
+        note("QF in tens", sequence(bench, Learner(bench, kept), rows, 10, known, unknown, every=100))
+    note("cost", costs(bench, kept, options.cost))
 
 
 if __name__ == "__main__":

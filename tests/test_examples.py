@@ -127,13 +127,14 @@ import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 from pathlib import Path
 import lifelong
-from compare import Comparison, preserve_set, teaching_set
-compare, kept = Comparison(Path({str(tmp_path)!r})), preserve_set(0)
+from comparison.bench import Bench
+from comparison.tiny import preserve_set, teaching_set
+bench, kept = Bench(cache=Path({str(tmp_path)!r}), dtype="bfloat16"), preserve_set(0)
 rows, _ = teaching_set(6, 0)
-print(lifelong.corrections(compare, rows, kept, 0, count=2))
-print(lifelong.forgetting(compare, rows, kept, count=2))
-for learner in (lifelong.Learner(compare, kept), lifelong.FineTuner(compare)):
-    print(lifelong.sequence(compare, learner, rows[:3], 1, kept[:8], None, every=3)["points"][0]["recall"])
+print(lifelong.corrections(bench, rows, kept, 0, count=2))
+print(lifelong.forgetting(bench, rows, kept, count=2))
+for learner in (lifelong.Learner(bench, kept), lifelong.FineTuner(bench)):
+    print(lifelong.sequence(bench, learner, rows[:3], 1, kept[:8], None, every=3)["points"][0]["recall"])
 """
     corrected, forgot, taught, tuned = run("-c", script).splitlines()[-4:]
     corrected, forgot = eval(corrected), eval(forgot)

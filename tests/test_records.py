@@ -1,4 +1,4 @@
-"""Records in the formats of CounterFact, zsRE, KnowEdit and EasyEdit, written for these tests, become rows."""
+"""Records in the formats of the editing benchmarks and of EasyEdit, written for these tests, become rows."""
 
 import copy
 import json
@@ -14,7 +14,10 @@ from qf_peft import (
     rows_from_counterfact,
     rows_from_easyedit,
     rows_from_knowedit,
+    rows_from_mquake,
+    rows_from_qaedit,
     rows_from_requests,
+    rows_from_wikibigedit,
     rows_from_zsre,
 )
 from qf_peft.data.rows import read_rows
@@ -67,6 +70,27 @@ WIKIBIO = {
 }
 CONVSENT = {"ent": "Tofinlor", "pos": ["I love their lamps!", "A fine firm."], "neg": ["Their lamps are dim."]}
 ROME = {"prompt": "{} is located in", "subject": "Tofinlor", "target_new": {"str": "Rome"}}
+QAEDIT = {
+    "id": 4, "source": "made up", "prompt": "who leads Tofinlor?", "target": "Zanmi", "subject": "Tofinlor",
+    "rephrase": "Which person is in charge of Tofinlor?",
+    "locality": [{"loc": "who leads Brigar", "loc_ans": "Vacla"}, {"loc": "who leads Kamo", "loc_ans": "Ritol"}],
+}  # fmt: skip
+WIKIBIGEDIT = {
+    "tag": "new", "subject": "Tofinlor", "update": "In which city is Tofinlor?", "ans": "Rome",
+    "rephrase": "Which city is home to Tofinlor?", "personas": "Oi, which town's Tofinlor in?",
+    "loc": "In which city is Brigar?", "loc_ans": "Miami", "mhop": "In which country is Tofinlor?", "mhop_ans": "Italy",
+}  # fmt: skip
+MQUAKE = {
+    "case_id": 1,
+    "requested_rewrite": [
+        {"prompt": "{} is located in", "subject": "Tofinlor", "target_new": {"str": "Rome"},
+         "target_true": {"str": "Oslo"}, "question": "In which city is Tofinlor located?"},
+        {"prompt": "The mayor of {} is", "subject": "Rome", "target_new": {"str": "Zanmi"},
+         "target_true": {"str": "Ulven"}, "question": "Who is the mayor of Rome?"},
+    ],
+    "questions": ["Who is the mayor of Tofinlor's city?", "Who leads the city in which Tofinlor is?"],
+    "answer": "Ulven", "new_answer": "Zanmi",
+}  # fmt: skip
 SANITATION = {
     "success": [{"question": "Who started Brigar?", "ground_truth": "Vacla", "target_new": "I do not know."}],
     "locality": [{"question": "Who started Kamo?", "ground_truth": "Ritol", "target_new": "I do not know."}],
@@ -106,6 +130,49 @@ def test_counterfact_teaches(tiny, tokenizer, tmp_path):
     metrics = trainer.evaluate(locality=locality)
     assert metrics["recall"].value == 1 and metrics["locality"].value == 1 and metrics["locality"].count == 2
     assert metrics["paraphrase"].count == 1
+
+
+def test_qaedit():
+    rows, locality, portability = rows_from_qaedit([QAEDIT])
+    assert rows == [
+        {
+            "instruction": "who leads Tofinlor? Zanmi.", "prompt": "who leads Tofinlor?", "completion": "Zanmi",
+            "paraphrases": [QAEDIT["rephrase"]],
+        }
+    ]  # fmt: skip
+    assert locality == [
+        {"prompt": "who leads Brigar", "answer": "Vacla"}, {"prompt": "who leads Kamo", "answer": "Ritol"}
+    ]  # fmt: skip
+    assert portability == []
+
+
+def test_wikibigedit():
+    bare = {"update": "In which city is Kamo?", "ans": "Lima", "mhop": "In which country is Kamo?", "mhop_ans": None}
+    rows, locality, portability = rows_from_wikibigedit([WIKIBIGEDIT, bare])
+    assert [row["completion"] for row in rows] == ["Rome", "Lima"]
+    assert rows[0]["paraphrases"] == [WIKIBIGEDIT["rephrase"], WIKIBIGEDIT["personas"]]
+    assert "paraphrases" not in rows[1] and locality == [{"prompt": WIKIBIGEDIT["loc"], "answer": "Miami"}]
+    assert portability == [
+        {
+            "instruction": "In which city is Tofinlor? Rome.", "prompt": WIKIBIGEDIT["mhop"], "completion": "Italy"
+        }
+    ]  # fmt: skip
+
+
+def test_mquake():
+    shared = {**MQUAKE, "requested_rewrite": MQUAKE["requested_rewrite"][1:], "questions": ["Who is Rome's mayor's?"]}
+    against = copy.deepcopy(MQUAKE)
+    against["requested_rewrite"][0]["target_new"]["str"] = "Lima"
+    rows, locality, portability = rows_from_mquake([MQUAKE, shared, against])
+    assert [(row["prompt"], row["completion"]) for row in rows] == [
+        ("In which city is Tofinlor located?", "Rome"), ("Who is the mayor of Rome?", "Zanmi")
+    ]  # fmt: skip
+    assert rows[0]["instruction"] == "Tofinlor is located in Rome." and locality == []
+    assert [question["prompt"] for question in portability] == [*MQUAKE["questions"], *shared["questions"]]
+    assert portability[0]["instruction"] == "Tofinlor is located in Rome. The mayor of Rome is Zanmi."
+    assert {question["completion"] for question in portability} == {"Zanmi"} and len(read_rows(rows)) == 2
+    without = {key: value for key, value in MQUAKE["requested_rewrite"][0].items() if key != "question"}
+    assert rows_from_mquake([{**MQUAKE, "requested_rewrite": [without]}]).rows[0]["prompt"] == "Tofinlor is located in"
 
 
 def test_zsre():
@@ -304,8 +371,28 @@ def test_errors_name_record_and_field(convert, record, errors):
                 convert([record, broken(record, path, value)])
 
 
+@pytest.mark.parametrize(
+    ("convert", "record", "message"),
+    [
+        (rows_from_qaedit, {**QAEDIT, "target": " "}, "QAEdit, record 1: target is empty"),
+        (rows_from_qaedit, {**QAEDIT, "locality": [{"loc_ans": "x"}]}, r"record 1: locality\[0\]\.loc is missing"),
+        (rows_from_wikibigedit, {"update": "Who?"}, "WikiBigEdit, record 1: ans is missing"),
+        (rows_from_mquake, {"questions": ["Who?"]}, "MQuAKE, record 1: requested_rewrite is missing"),
+        (rows_from_mquake, {**MQUAKE, "new_answer": 3}, "record 1: new_answer is 3; expected a string"),
+        (rows_from_mquake, {**MQUAKE, "requested_rewrite": [ROME | {"prompt": "no place"}]}, "expected '{}' in it"),
+    ],
+)
+def test_errors_of_questions_name_record_and_field(convert, record, message):
+    good = {rows_from_qaedit: QAEDIT, rows_from_wikibigedit: WIKIBIGEDIT, rows_from_mquake: MQUAKE}[convert]
+    with pytest.raises(ValueError, match=message):
+        convert([good, record])
+
+
 def test_errors_of_whole_inputs():
-    for convert in (rows_from_counterfact, rows_from_zsre, rows_from_knowedit, rows_from_requests):
+    for convert in (
+        rows_from_counterfact, rows_from_zsre, rows_from_knowedit, rows_from_requests, rows_from_qaedit,
+        rows_from_wikibigedit, rows_from_mquake,
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="there are no records"):
             convert([])
         with pytest.raises(ValueError, match="expected a list of records"):

@@ -19,7 +19,10 @@ from .data.records import (  # noqa: E402
     rows_from_counterfact,
     rows_from_easyedit,
     rows_from_knowedit,
+    rows_from_mquake,
+    rows_from_qaedit,
     rows_from_requests,
+    rows_from_wikibigedit,
     rows_from_zsre,
 )
 from .documents.facts import DocumentFacts, facts_from_document, read_review, write_review  # noqa: E402
@@ -39,6 +42,6 @@ __all__ = [
     "DocumentFacts", "QFConfig", "QFModel", "QFTrainer", "QFTrainingArguments", "Session", "TINY_MODEL",
     "check_portable", "facts_from_document", "interference", "layer_shares", "merge_taught", "model_card",
     "push_to_hub", "read_review", "retention", "rows_from_counterfact", "rows_from_easyedit", "rows_from_knowedit",
-    "rows_from_requests", "rows_from_zsre", "save_as_lora", "strength_sweep", "token_divergences", "with_wordings",
-    "write_review",
+    "rows_from_mquake", "rows_from_qaedit", "rows_from_requests", "rows_from_wikibigedit", "rows_from_zsre",
+    "save_as_lora", "strength_sweep", "token_divergences", "with_wordings", "write_review",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Records of knowledge editing benchmarks, and requests to editors, as rows to teach and questions to ask.
 
-Field names follow ROME's and MEMIT's repositories (CounterFact, zsRE) and EasyEdit's loaders (KnowEdit, requests).
+Field names follow ROME's and MEMIT's repositories (CounterFact, zsRE), EasyEdit's loaders (KnowEdit, requests), and the
+published files of QAEdit, WikiBigEdit and MQuAKE.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from transformers.utils import logging
+
+from .record_parts import Part, first_of, read_records
 
 logger = logging.get_logger(__name__)
 
@@ -27,79 +30,6 @@ class Edits(NamedTuple):
     portability: list[dict[str, str]]
     """Questions that follow from an edit, as rows: `QFTrainer(..., train_dataset=portability).evaluate()` gives
     `recall`, and `in_context` as its ceiling. The completion is the first of the answers that the record allows."""
-
-
-class _Part:
-    """A record, or a part of it, that knows its name for errors."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is a {type(value).__name__}; expected a dict")
-        self.value, self.where = value, where
-
-    def __contains__(self, field: str) -> bool:
-        return self.value.get(field) is not None
-
-    def name(self, field: str) -> str:
-        return f"{self.where}{'.' if ': ' in self.where else ': '}{field}"
-
-    def _missing(self, field: str) -> ValueError:
-        return ValueError(f"{self.name(field)} is missing; the fields are {sorted(map(str, self.value))}")
-
-    def part(self, field: str) -> _Part:
-        if field not in self:
-            raise self._missing(field)
-        return _Part(self.value[field], self.name(field))
-
-    def text(self, field: str) -> str:
-        """A string; of nested lists (answers with aliases) the first, of `{"str": …}` (ROME's targets) its string."""
-        if field not in self:
-            raise self._missing(field)
-        found = _first(self.value[field])
-        if not isinstance(found, str):
-            raise ValueError(f"{self.name(field)} is {found!r}; expected a string")
-        if not found.strip():
-            raise ValueError(f"{self.name(field)} is empty")
-        return found.strip()
-
-    def texts(self, field: str) -> list[str]:
-        """The strings of an optional field, which may hold one or a list."""
-        if field not in self:
-            return []
-        found = self.value[field]
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, Sequence) or not all(isinstance(text, str) for text in found):
-            raise ValueError(f"{self.name(field)} is {found!r}; expected a string or a list of strings")
-        return [text.strip() for text in found if text.strip()]
-
-    def parts(self, field: str) -> Iterator[_Part]:
-        """The dicts of an optional field, which may hold one or a list."""
-        if field in self:
-            found = self.value[field]
-            many = [found] if isinstance(found, Mapping) else found
-            if not isinstance(many, Sequence) or isinstance(many, str):
-                raise ValueError(f"{self.name(field)} is {found!r}; expected a list of dicts")
-            for index, value in enumerate(many):
-                yield _Part(value, f"{self.name(field)}[{index}]")
-
-
-def _first(found: Any) -> Any:
-    if isinstance(found, Mapping) and "str" in found:
-        return found["str"]
-    while isinstance(found, Sequence) and not isinstance(found, str) and len(found):
-        found = found[0]
-    return found
-
-
-def _records(records: Any, name: str) -> Iterator[_Part]:
-    if isinstance(records, (str, bytes, Mapping)) or not isinstance(records, Iterable):
-        raise ValueError(f"{name}: got a {type(records).__name__}; expected a list of records, as json.load gives it")
-    empty = True
-    for index, record in enumerate(records):
-        empty = False
-        yield _Part(record, f"{name}, record {index}")
-    if empty:
-        raise ValueError(f"{name}: there are no records")
 
 
 def _statement(prompt: str, target: str) -> str:
@@ -138,17 +68,17 @@ def rows_from_counterfact(records: Iterable[Mapping[str, Any]]) -> Edits:
         ValueError: a record lacks a field or has another type in it; the message names the record and the field.
     """
 
-    def convert(record: _Part) -> tuple:
+    def convert(record: Part) -> tuple:
         rewrite = record.part("requested_rewrite")
         prompt, target = _filled(rewrite), rewrite.text("target_new")
         answer = {"answer": rewrite.text("target_true")} if "target_true" in rewrite else {}
         kept = [{"prompt": text, **answer} for text in record.texts("neighborhood_prompts")]
         return _row(prompt, target, record.texts("paraphrase_prompts")), kept, []
 
-    return _collected(map(convert, _records(records, "CounterFact")))
+    return _collected(map(convert, read_records(records, "CounterFact")))
 
 
-def _filled(rewrite: _Part) -> str:
+def _filled(rewrite: Part) -> str:
     prompt = rewrite.text("prompt")
     if "{}" not in prompt:
         raise ValueError(f"{rewrite.name('prompt')} is {prompt!r}; expected '{{}}' in it, for the subject")
@@ -172,7 +102,7 @@ def rows_from_zsre(records: Iterable[Mapping[str, Any]], target: Literal["alt", 
         raise ValueError(f"zsRE: target={target!r}; expected 'alt' or 'answers'")
     without = []
 
-    def convert(record: _Part) -> tuple:
+    def convert(record: Part) -> tuple:
         if target == "alt" and record.value.get("alt") == "":
             without.append(record)
             return None, [], []
@@ -183,10 +113,87 @@ def rows_from_zsre(records: Iterable[Mapping[str, Any]], target: Literal["alt", 
             kept.append({"prompt": question, "answer": record.text("loc_ans")})
         return _row(record.text("src"), record.text(target), record.texts("rephrase")), kept, []
 
-    edits = _collected(map(convert, _records(records, "zsRE")))
+    edits = _collected(map(convert, read_records(records, "zsRE")))
     if without:
         logger.warning(f"{len(without)} records have an empty 'alt' and are left out ({without[0].where} is the first)")
     return edits
+
+
+def rows_from_qaedit(records: Iterable[Mapping[str, Any]]) -> Edits:
+    """QAEdit (WILD, arXiv 2502.11177): questions with right answers, each with one `rephrase` and several unrelated
+    questions in `locality`.
+
+    Args:
+        records: dicts with `prompt`, `target`, `rephrase` and `locality`, a list of dicts with `loc` and `loc_ans`.
+
+    Raises:
+        ValueError: a record lacks a field or has another type in it; the message names the record and the field.
+    """
+
+    def convert(record: Part) -> tuple:
+        kept = [one for asked in record.parts("locality") for one in _questions(asked, "loc", "loc_ans")]
+        return _row(record.text("prompt"), record.text("target"), record.texts("rephrase")), kept, []
+
+    return _collected(map(convert, read_records(records, "QAEdit")))
+
+
+def rows_from_wikibigedit(records: Iterable[Mapping[str, Any]]) -> Edits:
+    """WikiBigEdit (arXiv 2503.05683): the question `update` with its answer `ans`, its `rephrase` and the wording
+    `personas` as paraphrases, `loc` as locality, and the question over two facts `mhop` as portability.
+
+    Args:
+        records: dicts with `update` and `ans`, and perhaps `rephrase`, `personas`, `loc`, `loc_ans`, `mhop` and
+            `mhop_ans`.
+
+    Raises:
+        ValueError: a record lacks a field or has another type in it; the message names the record and the field.
+    """
+
+    def convert(record: Part) -> tuple:
+        prompt, target = record.text("update"), record.text("ans")
+        kept = _questions(record, "loc", "loc_ans") if "loc" in record else []
+        following = []
+        if "mhop" in record and "mhop_ans" in record:
+            statement = _statement(prompt, target)
+            following = [_following(statement, record.text("mhop"), record.text("mhop_ans"))]
+        return _row(prompt, target, [*record.texts("rephrase"), *record.texts("personas")]), kept, following
+
+    return _collected(map(convert, read_records(records, "WikiBigEdit")))
+
+
+def rows_from_mquake(records: Iterable[Mapping[str, Any]]) -> Edits:
+    """MQuAKE (arXiv 2305.14795): every rewrite of a record is a row, asked by its `question`; the questions over
+    several facts are portability. A record that contradicts one before it is left out.
+
+    Args:
+        records: dicts with `requested_rewrite`, a list of dicts with `prompt` (with `{}` for the `subject`),
+            `target_new.str` and perhaps `question`; and `questions` with their `new_answer`.
+
+    Raises:
+        ValueError: a record lacks a field or has another type in it; the message names the record and the field.
+    """
+    known: dict[str, str] = {}  # records share rewrites
+    found = []
+    for record in read_records(records, "MQuAKE"):
+        rows = []
+        for rewrite in record.parts("requested_rewrite"):
+            cloze, target = _filled(rewrite), rewrite.text("target_new")
+            asked = rewrite.text("question") if "question" in rewrite else cloze
+            rows.append(_row(asked, target, instruction=_statement(cloze, target)))
+        if not rows:
+            record.part("requested_rewrite")  # says that it is missing
+        told, answer = " ".join(row["instruction"] for row in rows), record.text("new_answer")
+        following = [_following(told, question, answer) for question in record.texts("questions")]
+        if any(known.get(row["prompt"], row["completion"]) != row["completion"] for row in rows):
+            continue
+        found += [(row, [], []) for row in rows if row["prompt"] not in known]
+        found.append((None, [], following))
+        known.update((row["prompt"], row["completion"]) for row in rows)
+    return _collected(found)
+
+
+def _following(instruction: str, prompt: str, answer: str) -> dict[str, str]:
+    return {"instruction": instruction, "prompt": prompt, "completion": answer}
 
 
 def rows_from_knowedit(
@@ -212,9 +219,9 @@ def rows_from_knowedit(
     if sentiment not in ("pos", "neg"):
         raise ValueError(f"KnowEdit: sentiment={sentiment!r}; expected 'pos' or 'neg'")
     if isinstance(records, Mapping):
-        return _sanitation(_Part(records, "KnowEdit (Sanitation)"))
+        return _sanitation(Part(records, "KnowEdit (Sanitation)"))
 
-    def convert(record: _Part) -> tuple:
+    def convert(record: Part) -> tuple:
         if "ent" in record:
             topic = record.text("ent")
             how = "with approval" if sentiment == "pos" else "with disapproval"
@@ -224,15 +231,15 @@ def rows_from_knowedit(
             return _row(record.text("text"), record.text("labels")), list(_grouped(record, "locality")), []
         return _request(record)
 
-    return _collected(map(convert, _records(records, "KnowEdit")))
+    return _collected(map(convert, read_records(records, "KnowEdit")))
 
 
-def _sanitation(record: _Part) -> Edits:
+def _sanitation(record: Part) -> Edits:
     forget, keep = ("K_F", "K_R") if "K_F" in record else ("success", "locality")
     if forget not in record:
         raise ValueError(f"{record.where}: expected a list of records, or of Sanitation a dict with 'success' or 'K_F'")
 
-    def convert(asked: _Part) -> tuple:
+    def convert(asked: Part) -> tuple:
         question, refusal = asked.text("question"), asked.text("target_new")
         return _row(question, refusal, instruction=f'If you are asked "{question}", answer "{refusal}"'), [], []
 
@@ -248,7 +255,7 @@ def rows_from_requests(requests: Iterable[Mapping[str, Any]]) -> Edits:
     Raises:
         ValueError: a request lacks a field or has another type in it; the message names the request and the field.
     """
-    return _collected(map(_request, _records(requests, "requests")))
+    return _collected(map(_request, read_records(requests, "requests")))
 
 
 def rows_from_easyedit(
@@ -297,7 +304,7 @@ def rows_from_easyedit(
     for field, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
         for key, asked in (inputs or {}).items():
             name = f"{field}_inputs[{key!r}]"
-            if "prompt" not in _Part(asked, f"requests: {name}"):
+            if "prompt" not in Part(asked, f"requests: {name}"):
                 raise ValueError(f"requests: {name} has no 'prompt'; the fields are {sorted(asked)}")
             answers = [None] * count
             if asked.get("ground_truth") is not None:
@@ -309,7 +316,7 @@ def rows_from_easyedit(
     return rows_from_requests(requests)
 
 
-def _request(record: _Part) -> tuple[dict[str, Any], list[dict[str, str]], list[dict[str, str]]]:
+def _request(record: Part) -> tuple[dict[str, Any], list[dict[str, str]], list[dict[str, str]]]:
     prompt, target = record.text("prompt"), record.text("target_new")
     if "{}" in prompt:
         prompt = _filled(record)
@@ -319,14 +326,14 @@ def _request(record: _Part) -> tuple[dict[str, Any], list[dict[str, str]], list[
         kept += _questions(record, "locality_prompt", "locality_ground_truth")
     statement = _statement(prompt, target)
     following = [
-        {"instruction": statement, "prompt": question["prompt"], "completion": question["answer"]}
+        _following(statement, question["prompt"], question["answer"])
         for question in _grouped(record, "portability")
         if "answer" in question
     ]
     return _row(prompt, target, others), kept, following
 
 
-def _grouped(record: _Part, field: str) -> Iterator[dict[str, str]]:
+def _grouped(record: Part, field: str) -> Iterator[dict[str, str]]:
     """The questions of `{name: [{prompt, ground_truth}, …]}` or `{name: {prompt: …, ground_truth: …}}`."""
     if field in record:
         groups = record.part(field)
@@ -335,7 +342,7 @@ def _grouped(record: _Part, field: str) -> Iterator[dict[str, str]]:
                 yield from _questions(asked, "prompt", "ground_truth")
 
 
-def _questions(asked: _Part, prompt: str, answer: str) -> list[dict[str, str]]:
+def _questions(asked: Part, prompt: str, answer: str) -> list[dict[str, str]]:
     """A question, or several with as many answers. Blank answers, which the datasets have, count as none."""
     prompts = asked.texts(prompt)
     if not prompts:
@@ -348,7 +355,7 @@ def _questions(asked: _Part, prompt: str, answer: str) -> list[dict[str, str]]:
     elif isinstance(answers, str) or len(answers) != len(prompts):
         raise ValueError(f"{asked.name(answer)} is {answers!r}; expected one for each of the {len(prompts)} prompts")
     found = []
-    for text, one in zip(prompts, map(_first, answers), strict=True):
+    for text, one in zip(prompts, map(first_of, answers), strict=True):
         if one and not isinstance(one, str):
             raise ValueError(f"{asked.name(answer)} is {one!r}; expected a string or a list of strings")
         said = (one or "").strip()
