@@ -6,6 +6,7 @@ import argparse
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from .gauges import QUESTIONS, TINY_QUESTIONS, as_html
@@ -41,75 +42,84 @@ def build(
     if questions is None:
         questions = TINY_QUESTIONS if base == str(TINY_MODEL) else QUESTIONS
     title = "the tiny model" if base == str(TINY_MODEL) else Path(base).name if Path(base).is_dir() else base
-    hidden: dict[str, Any] = {"api_visibility": "private"}
-
     with gr.Blocks(title="qf_peft", analytics_enabled=False, fill_width=True) as blocks:
-        view = gr.State(View())
-        gr.HTML(f"<h2>Teach {html.escape(title)}</h2>")
-        with gr.Row():
-            with gr.Column(scale=3):
-                # What a model says, or a stranger's fact, is never markup here: see `as_text`.
-                chat = gr.Chatbot(
-                    label="Chat", height=430, render_markdown=False, sanitize_html=True, allow_tags=False,
-                    latex_delimiters=[], buttons=[], feedback_options=None, elem_id="chat",
-                    allow_file_downloads=False, group_consecutive_messages=False,
-                )  # fmt: skip
-                message = gr.Textbox(label="Message", placeholder="Ask something", max_lines=6, elem_id="message")
-                with gr.Row():
-                    send = gr.Button("Send", variant="primary")
-                    stop = gr.Button("Stop")
-                    compare = gr.Button("Compare")
-                    begin = gr.Button("New talk")
-                adapter = gr.Checkbox(True, label="Adapter on", elem_id="adapter")
-                status = gr.Textbox(label="Status", interactive=False, elem_id="status", max_lines=4)
-            with gr.Column(scale=2):
-                with gr.Group():
-                    instruction = gr.Textbox(
-                        label="What to know", placeholder="Qi started Oxinnovate.", elem_id="instruction"
-                    )
-                    question = gr.Textbox(label="Question (your last one)", elem_id="question")
-                    answer = gr.Textbox(
-                        label="Answer", placeholder="empty: the model's own, knowing the above", elem_id="answer"
-                    )
-                teach = gr.Button("Teach", variant="primary")
-                facts = gr.CheckboxGroup(label="Taught", elem_id="facts")
-                with gr.Row():
-                    forget = gr.Button("Forget ticked")
-                    undo = gr.Button("Undo")
-                gauges = gr.HTML(as_html({}), elem_id="gauges")
-                with gr.Accordion("Questions for the locality gauge", open=False):
-                    asked = gr.Textbox("\n".join(questions), show_label=False, lines=6, elem_id="questions")
-                    again = gr.Button("Measure")
-                with gr.Row():
-                    name = gr.Textbox(label="Save as", value="my-adapter", elem_id="name")
-                    save = gr.Button("Save")
-
-        changed = [view, chat, status, facts, gauges]
-        heard = gr.State(0)
-        blocks.load(page.enter, None, [facts, gauges, heard], **hidden)
-        gr.Timer(_NEWS).tick(
-            page.hear, [heard], [heard, status, facts], show_progress="hidden", concurrency_limit=None, **hidden
-        )
-        gr.on(
-            [send.click, message.submit], page.ask, [message, view, adapter], [view, chat, message, question, status],
-            concurrency_limit=4, **hidden,
-        )  # fmt: skip
-        stop.click(page.stop, None, None, concurrency_limit=None, **hidden)
-        blocks.unload(page.stop)
-        compare.click(page.compare, [message, view], [view, chat, message, status], **hidden)
-        gr.on([begin.click, chat.clear], page.begin, [view], [view, chat], **hidden)
-        adapter.change(page.switch, [view, adapter], [view, chat], **hidden)
-        # One at a time, in order, and once more where something changed meanwhile: what is shown was measured last.
-        measuring = {
-            "fn": page.gauges, "inputs": [asked], "outputs": [gauges], "concurrency_id": "gauges",
-            "trigger_mode": "always_last", **hidden,
-        }  # fmt: skip
-        teach.click(page.teach, [view, instruction, question, answer], changed, **hidden).then(**measuring)
-        forget.click(page.forget, [view, facts], changed, **hidden).then(**measuring)
-        undo.click(page.undo, [view], changed, **hidden).then(**measuring)
-        again.click(**measuring)
-        save.click(page.save, [name], [status], **hidden)
+        _connect(page, blocks, _lay_out(title, questions))
     return blocks
+
+
+def _lay_out(title: str, questions: Sequence[str]) -> SimpleNamespace:
+    """Put what is on the page into the blocks that are being built: its parts by name."""
+    on = SimpleNamespace()
+    on.view = gr.State(View())
+    gr.HTML(f"<h2>Teach {html.escape(title)}</h2>")
+    with gr.Row():
+        with gr.Column(scale=3):
+            # What a model says, or a stranger's fact, is never markup here: see `as_text`.
+            on.chat = gr.Chatbot(
+                label="Chat", height=430, render_markdown=False, sanitize_html=True, allow_tags=False,
+                latex_delimiters=[], buttons=[], feedback_options=None, elem_id="chat",
+                allow_file_downloads=False, group_consecutive_messages=False,
+            )  # fmt: skip
+            on.message = gr.Textbox(label="Message", placeholder="Ask something", max_lines=6, elem_id="message")
+            with gr.Row():
+                on.send = gr.Button("Send", variant="primary")
+                on.stop = gr.Button("Stop")
+                on.compare = gr.Button("Compare")
+                on.begin = gr.Button("New talk")
+            on.adapter = gr.Checkbox(True, label="Adapter on", elem_id="adapter")
+            on.status = gr.Textbox(label="Status", interactive=False, elem_id="status", max_lines=4)
+        with gr.Column(scale=2):
+            with gr.Group():
+                on.instruction = gr.Textbox(
+                    label="What to know", placeholder="Qi started Oxinnovate.", elem_id="instruction"
+                )
+                on.question = gr.Textbox(label="Question (your last one)", elem_id="question")
+                on.answer = gr.Textbox(
+                    label="Answer", placeholder="empty: the model's own, knowing the above", elem_id="answer"
+                )
+            on.teach = gr.Button("Teach", variant="primary")
+            on.facts = gr.CheckboxGroup(label="Taught", elem_id="facts")
+            with gr.Row():
+                on.forget = gr.Button("Forget ticked")
+                on.undo = gr.Button("Undo")
+            on.gauges = gr.HTML(as_html({}), elem_id="gauges")
+            with gr.Accordion("Questions for the locality gauge", open=False):
+                on.asked = gr.Textbox("\n".join(questions), show_label=False, lines=6, elem_id="questions")
+                on.again = gr.Button("Measure")
+            with gr.Row():
+                on.name = gr.Textbox(label="Save as", value="my-adapter", elem_id="name")
+                on.save = gr.Button("Save")
+    return on
+
+
+def _connect(page: Page, blocks: gr.Blocks, on: SimpleNamespace) -> None:
+    """Let the parts `on` the page do what the page's actions are."""
+    hidden: dict[str, Any] = {"api_visibility": "private"}
+    changed = [on.view, on.chat, on.status, on.facts, on.gauges]
+    heard = gr.State(0)
+    blocks.load(page.enter, None, [on.facts, on.gauges, heard], **hidden)
+    gr.Timer(_NEWS).tick(
+        page.hear, [heard], [heard, on.status, on.facts], show_progress="hidden", concurrency_limit=None, **hidden
+    )
+    gr.on(
+        [on.send.click, on.message.submit], page.ask, [on.message, on.view, on.adapter],
+        [on.view, on.chat, on.message, on.question, on.status], concurrency_limit=4, **hidden,
+    )  # fmt: skip
+    on.stop.click(page.stop, None, None, concurrency_limit=None, **hidden)
+    blocks.unload(page.stop)
+    on.compare.click(page.compare, [on.message, on.view], [on.view, on.chat, on.message, on.status], **hidden)
+    gr.on([on.begin.click, on.chat.clear], page.begin, [on.view], [on.view, on.chat], **hidden)
+    on.adapter.change(page.switch, [on.view, on.adapter], [on.view, on.chat], **hidden)
+    # One at a time, in order, and once more where something changed meanwhile: what is shown was measured last.
+    measuring = {
+        "fn": page.gauges, "inputs": [on.asked], "outputs": [on.gauges], "concurrency_id": "gauges",
+        "trigger_mode": "always_last", **hidden,
+    }  # fmt: skip
+    on.teach.click(page.teach, [on.view, on.instruction, on.question, on.answer], changed, **hidden).then(**measuring)
+    on.forget.click(page.forget, [on.view, on.facts], changed, **hidden).then(**measuring)
+    on.undo.click(page.undo, [on.view], changed, **hidden).then(**measuring)
+    on.again.click(**measuring)
+    on.save.click(page.save, [on.name], [on.status], **hidden)
 
 
 def serve(
