@@ -19,9 +19,9 @@ from qf_peft import (
     QFConfig,
     QFTrainer,
     check_portable,
+    export_lora,
     facts_from_document,
     read_review,
-    save_as_lora,
     write_review,
 )
 
@@ -89,8 +89,8 @@ def main():
 
     model.save_pretrained(output / "adapter")  # with the ledger, to teach on, correct and forget
     lora, mlx = output / "lora", output / "mlx"
-    save_as_lora(model, lora)
-    save_as_lora(model, mlx, format="mlx")
+    export_lora(model, lora)
+    export_lora(model, mlx, format="mlx")
     assert check_portable(lora) == []
     rank = json.loads((lora / "adapter_config.json").read_text())["r"]
     folder = name if Path(name).is_dir() else "path/of/the/base/model"

@@ -114,10 +114,8 @@ def test_messages_without_a_template(model):
     [
         ({"target_modules": ["down"]}, r"\['down'\] matches no module of Qwen2ForCausalLM.*'mlp.down_proj'"),
         ({"target_modules": r".*\.nothing"}, "matches no module"),
-        ({"target_modules": ["input_layernorm"]}, "0.input_layernorm', a Qwen2RMSNorm, which is not linear"),
-        ({"target_modules": ["embed_tokens"]}, "a Embedding, which is not linear"),
-        ({"target_modules": ["mlp"]}, "a Qwen2MLP, which is not linear"),
-        ({"target_modules": ["lm_head"]}, "'lm_head' lies in no numbered block"),
+        ({"target_modules": ["input_layernorm"]}, "Qwen2RMSNorm.* is not supported"),
+        ({"target_modules": ["mlp"]}, "(?s)Qwen2MLP.* is not supported"),
         ({"layers_to_transform": [2, 3]}, "layer 3 is out of range; the modules .* are in layers 0 to 2"),
         ({"layers_to_transform": -1}, "layer -1 is out of range"),
     ],
@@ -131,18 +129,30 @@ def test_targets(settings, expected):
 
 
 @pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["embed_tokens", "down_proj"], "'model.embed_tokens', a Embedding, which is not linear; QFTrainer changes"),
+        (["lm_head"], "'lm_head' lies in no numbered block"),
+    ],
+)
+def test_what_cannot_be_taught_is_wrapped_and_refused_by_the_trainer(tokenizer, names, expected):
+    model = get_peft_model(random_model("qwen2", tie_word_embeddings=False), QFConfig(target_modules=names))
+    with pytest.raises(ValueError, match=expected):
+        QFTrainer(model=model, processing_class=tokenizer, train_dataset=[FACT])
+
+
+@pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"r": 0}, "r=0; expected a positive integer"),
         ({"r": 2.5}, "r=2.5; expected a positive integer"),
-        ({"r": 8, "lora_alpha": 16}, "lora_alpha=16; a QF adapter is not scaled"),
+        ({"lora_alpha": 0}, "lora_alpha=0; expected a positive number"),
+        ({"rank_pattern": {"down_proj": 1.5}}, "rank_pattern=.*expected positive numbers"),
         ({"use_dora": True}, "use_dora=True is an option of LoRA that a QF adapter does not have"),
-        ({"use_rslora": True}, "use_rslora=True"),
-        ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q": 2}}, "rank_pattern"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'; a QF adapter starts at zero"),
+        ({"lora_bias": True}, "lora_bias=True is an option of LoRA that a QF adapter does not have"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"target_parameters": ["weight"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is an option of LoRA that .* expected one of"),
     ],
 )
 def test_options_of_lora(settings, expected):
@@ -210,7 +220,7 @@ def test_activations_that_are_not_finite(tiny, tokenizer, where):
     model = get_peft_model(tiny, QFConfig(layers_to_transform=[7], task_type="CAUSAL_LM"))
     with pytest.raises(FloatingPointError, match=r"row 0: the activations at .* are not finite"):
         trainer(model, tokenizer, [FACT, OTHER]).train()
-    assert not any(p.any() for n, p in model.named_parameters() if "lora_" in n)
+    assert not any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
 def test_an_answer_that_does_not_end(tiny, tokenizer):

@@ -94,6 +94,14 @@ def test_stacking():
     assert added.startswith("Added:") and "people 1.000" in together and "places 1.000" in together
 
 
+def test_fine_tune_from_qf():
+    lines = [line for line in run(EXAMPLES / "fine_tune_from_qf.py", "--tiny").splitlines() if "reworded" in line]
+    loss = [float(line.split("loss ")[1].split()[0]) for line in lines]
+    right = [int(line.split("reworded ")[1].split()[0]) for line in lines]
+    before, taught, further, lora = loss
+    assert further < taught < lora < before and right == [0, 3, 3, 0]
+
+
 def test_hub_round_trip():
     pushed, native, lora, *files = run(EXAMPLES / "hub_round_trip.py", "--tiny").splitlines()
     assert pushed == "Pushed: Upload QF adapter"

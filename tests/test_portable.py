@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qf_peft.share.lora_export
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, check_portable, save_as_lora
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, check_portable, export_lora
 from qf_peft.solve.least_squares import LowRankDelta
 
 DOWN = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight"
@@ -87,7 +87,7 @@ def test_plain_peft_in_a_fresh_process(tokenizer, tmp_path, taught):
     ids = torch.randint(5, 200, (2, 20), generator=torch.Generator().manual_seed(0))
     for name, model in cases.items():
         folder = tmp_path / name
-        report = save_as_lora(model, folder / "lora", all_layers=name == "gpt_neox")
+        report = export_lora(model, folder / "lora", all_layers=name == "gpt_neox")
         assert report["loss"] < 1e-6 and check_portable(folder / "lora") == []
         with model.disable_adapter():
             untaught = logits(model, ids)
@@ -106,7 +106,7 @@ def test_plain_peft_in_a_fresh_process(tokenizer, tmp_path, taught):
 
 
 def test_what_the_files_say(taught, tmp_path):
-    report = save_as_lora(taught, tmp_path / "lora")
+    report = export_lora(taught, tmp_path / "lora")
     needed = taught.peft_config["default"].r
     assert report["rank"] == 16 and report["needed_rank"] == needed == 13
     assert report["modules"] == 2 and report["zero_modules"] == 0
@@ -125,7 +125,7 @@ def test_what_the_files_say(taught, tmp_path):
 
 
 def test_every_layer_on_request(taught, tmp_path):
-    report = save_as_lora(taught, tmp_path, all_layers=True)
+    report = export_lora(taught, tmp_path, all_layers=True)
     assert report["zero_modules"] == 6 and fields(tmp_path)["layers_to_transform"] is None
     assert check_portable(tmp_path, num_layers=8) == []
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -135,8 +135,8 @@ def test_every_layer_on_request(taught, tmp_path):
 
 def test_truncation_is_the_nearest_and_its_loss_is_told(tokenizer, tmp_path):
     model = teach(base(), tokenizer, [FACT, OTHER], layers_to_transform=[6, 7])
-    exact = save_as_lora(model, tmp_path / "exact")
-    cut = save_as_lora(model, tmp_path / "cut", rank=16)
+    exact = export_lora(model, tmp_path / "exact")
+    cut = export_lora(model, tmp_path / "cut", rank=16)
     assert exact["rank"] == 32 and cut["rank"] == 16 and cut["needed_rank"] == exact["needed_rank"] == 25
     tensors, lost, whole = load_file(tmp_path / "cut" / "adapter_model.safetensors"), 0.0, 0.0
     for layer in (6, 7):
@@ -151,7 +151,7 @@ def test_truncation_is_the_nearest_and_its_loss_is_told(tokenizer, tmp_path):
         lost, whole = lost + (delta - written).norm() ** 2, whole + delta.norm() ** 2
     assert cut["loss"] == pytest.approx(float((lost / whole) ** 0.5), rel=1e-3) and 0.01 < cut["loss"] < 0.5
     assert check_portable(tmp_path / "cut") == []
-    roomy = save_as_lora(model, tmp_path / "roomy", rank=64)
+    roomy = export_lora(model, tmp_path / "roomy", rank=64)
     assert roomy["rank"] == 64 and roomy["loss"] < 1e-6
 
 
@@ -165,7 +165,7 @@ def test_more_than_rank_128_is_written_exactly_with_a_warning(tmp_path):
     handler = type("Seen", (__import__("logging").Handler,), {"emit": lambda _, record: seen.append(record.msg)})()
     logger.addHandler(handler)
     try:
-        report = save_as_lora(model, tmp_path)
+        report = export_lora(model, tmp_path)
     finally:
         logger.removeHandler(handler)
     assert report["rank"] == 256 and report["needed_rank"] == 150 and report["loss"] < 1e-6
@@ -177,7 +177,7 @@ def test_more_than_rank_128_is_written_exactly_with_a_warning(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(tokenizer, tmp_path, dtype):
     model = teach(base(dtype), tokenizer)
-    report = save_as_lora(model, tmp_path)
+    report = export_lora(model, tmp_path)
     assert report["loss"] < 2 * torch.finfo(dtype).eps and check_portable(tmp_path) == []
     assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {dtype}
     assert ask(PeftModel.from_pretrained(base(dtype), tmp_path), tokenizer, FACT["prompt"]) == FACT["completion"]
@@ -191,28 +191,28 @@ def test_scale_and_choice_of_adapter(taught, tmp_path, tokenizer):
     model.load_adapter(str(native), adapter_name="facts")
     layer = model.base_model.model.model.layers[7].mlp.down_proj
     layer.set_scale("facts", 0.5)
-    save_as_lora(model, tmp_path / "lora", adapter_name="facts")
+    export_lora(model, tmp_path / "lora", adapter_name="facts")
     written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     half = written[DOWN.format(7, "B")] @ written[DOWN.format(7, "A")]
     whole = taught.base_model.delta("default", "model.layers.7.mlp.down_proj").dense()
     assert torch.allclose(half, whole / 2, atol=1e-6)
-    save_as_lora(model, tmp_path / "untaught")  # the active one, which holds nothing
+    export_lora(model, tmp_path / "untaught")  # the active one, which holds nothing
     assert not any(t.any() for t in load_file(tmp_path / "untaught" / "adapter_model.safetensors").values())
     assert check_portable(tmp_path / "untaught") == []
 
 
 def test_a_directory_that_exists(taught, tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    save_as_lora(taught, tmp_path, rank=64)
-    save_as_lora(taught, tmp_path)
+    export_lora(taught, tmp_path, rank=64)
+    export_lora(taught, tmp_path)
     assert fields(tmp_path)["r"] == 16 and (tmp_path / "README.md").read_text() == "mine"
     with pytest.raises(FileExistsError, match=r"holds a PEFT adapter .*give another"):
-        save_as_lora(taught, tmp_path, format="mlx")
-    save_as_lora(taught, tmp_path / "mlx", format="mlx")
+        export_lora(taught, tmp_path, format="mlx")
+    export_lora(taught, tmp_path / "mlx", format="mlx")
     with pytest.raises(FileExistsError, match="holds an MLX adapter"):
-        save_as_lora(taught, tmp_path / "mlx")
+        export_lora(taught, tmp_path / "mlx")
     with pytest.raises(FileExistsError, match="is a file"):
-        save_as_lora(taught, tmp_path / "README.md")
+        export_lora(taught, tmp_path / "README.md")
 
 
 def test_a_failure_midway_leaves_nothing(taught, tmp_path, monkeypatch):
@@ -220,12 +220,12 @@ def test_a_failure_midway_leaves_nothing(taught, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    save_as_lora(taught, tmp_path / "kept")
+    export_lora(taught, tmp_path / "kept")
     before = (tmp_path / "kept" / "adapter_model.safetensors").read_bytes()
     monkeypatch.setattr(qf_peft.share.lora_export, "save_file", full)
     for name in ("new", "kept"):
         with pytest.raises(OSError, match="No space"):
-            save_as_lora(taught, tmp_path / name, rank=32)
+            export_lora(taught, tmp_path / name, rank=32)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"] and check_portable(tmp_path / "kept") == []
     assert (tmp_path / "kept" / "adapter_model.safetensors").read_bytes() == before
 
@@ -233,32 +233,32 @@ def test_a_failure_midway_leaves_nothing(taught, tmp_path, monkeypatch):
 def test_clear_errors(taught, tmp_path):
     for rank in (0, 8, 20, 24.0, True, -16):
         with pytest.raises(ValueError, match=r"rank=.*expected 16, 32, 64, 128"):
-            save_as_lora(taught, tmp_path / "x", rank=rank)
+            export_lora(taught, tmp_path / "x", rank=rank)
     with pytest.raises(ValueError, match="format='gguf'; expected 'peft' or 'mlx'"):
-        save_as_lora(taught, tmp_path / "x", format="gguf")
+        export_lora(taught, tmp_path / "x", format="gguf")
     with pytest.raises(ValueError, match=r"adapter_name='other'; the model has the adapters \['default'\]"):
-        save_as_lora(taught, tmp_path / "x", adapter_name="other")
+        export_lora(taught, tmp_path / "x", adapter_name="other")
     with pytest.raises(ValueError, match="without a QF adapter"):
-        save_as_lora(base(), tmp_path / "x")
+        export_lora(base(), tmp_path / "x")
     with pytest.raises(ValueError, match=r"none of QF's; save them by model.save_pretrained"):
-        save_as_lora(get_peft_model(base(), LoraConfig(target_modules=["down_proj"])), tmp_path / "x")
+        export_lora(get_peft_model(base(), LoraConfig(target_modules=["down_proj"])), tmp_path / "x")
     model = get_peft_model(base(), QFConfig(layers_to_transform=[7]))
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"'default' is merged into model.layers.7.mlp.down_proj; call .*unmerge"):
-        save_as_lora(model, tmp_path / "x")
+        export_lora(model, tmp_path / "x")
     model.unmerge_adapter()
     model.base_model.model.model.layers[7].mlp.down_proj.lora_A["default"].weight.data[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"at model.layers.7.mlp.down_proj that are not finite"):
-        save_as_lora(model, tmp_path / "x")
+        export_lora(model, tmp_path / "x")
     falcon = get_peft_model(random_model("falcon"), QFConfig(layers_to_transform=[0]))
     with pytest.raises(ValueError, match=r"what MLX-LM calls 'transformer.h.0.mlp.dense_4h_to_h'.* is not known"):
-        save_as_lora(falcon, tmp_path / "x", format="mlx")
+        export_lora(falcon, tmp_path / "x", format="mlx")
     assert not (tmp_path / "x").exists()
 
 
 def test_mlx_files(taught, tmp_path):
     """MLX-LM computes y + scale · (x @ lora_a) @ lora_b in the last `num_layers` blocks, at the keys named."""
-    report = save_as_lora(taught, tmp_path, format="mlx")
+    report = export_lora(taught, tmp_path, format="mlx")
     config, tensors = fields(tmp_path), load_file(tmp_path / "adapters.safetensors")
     assert config["fine_tune_type"] == "lora" and config["num_layers"] == 5
     assert config["lora_parameters"] == {"rank": 16, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.down_proj"]}
@@ -270,7 +270,7 @@ def test_mlx_files(taught, tmp_path):
         assert torch.allclose(a @ b, taught.base_model.delta("default", name).dense().T, atol=1e-6)
     assert len(tensors) == 4
     gpt2 = get_peft_model(random_model("gpt2"), QFConfig(layers_to_transform=[1]))
-    save_as_lora(gpt2, tmp_path / "gpt2", format="mlx", all_layers=True)
+    export_lora(gpt2, tmp_path / "gpt2", format="mlx", all_layers=True)
     assert fields(tmp_path / "gpt2")["num_layers"] == 3
     assert "model.h.0.mlp.c_proj.lora_a" in load_file(tmp_path / "gpt2" / "adapters.safetensors")
 
@@ -281,7 +281,7 @@ def test_mlx_lm_itself(taught, tmp_path):
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
-    save_as_lora(taught, tmp_path, format="mlx")
+    export_lora(taught, tmp_path, format="mlx")
     theta = taught.config.rope_parameters["rope_theta"]  # where MLX-LM's Qwen2 looks for it
     network, _ = load_model(TINY, model_config={"rope_theta": theta})
     network.set_dtype(mlx.float32)
@@ -380,7 +380,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("rule", BROKEN)
 def test_the_checker_finds_what_is_broken(taught, tmp_path, rule):
-    save_as_lora(taught, tmp_path)
+    export_lora(taught, tmp_path)
     assert check_portable(tmp_path) == []
     damage, message = BROKEN[rule]
     damage(tmp_path)
@@ -396,7 +396,7 @@ def test_the_checker_on_other_directories(taught, tmp_path):
     lora = get_peft_model(base(), LoraConfig(r=16, lora_alpha=16, target_modules=["down_proj"]))
     lora.save_pretrained(tmp_path / "lora")
     assert all("expected them equal" in problem for problem in check_portable(tmp_path / "lora"))
-    save_as_lora(taught, tmp_path / "portable")
+    export_lora(taught, tmp_path / "portable")
     assert check_portable(tmp_path / "portable", num_layers=8) == [
         "model.layers.….mlp.down_proj is missing in the blocks [0, 1, 2, 4, 5, 6]; write zeros there"
     ]

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, check_portable, save_as_lora
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, check_portable, export_lora
 from qf_peft.teaching.preserved_cache import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*may get different generations due to rounding")
@@ -88,7 +88,7 @@ def test_taught_saved_moved_and_merged(tokenizer, tmp_path, kind):
     )
     again = PeftModel.from_pretrained(load(QUANTIZED[kind]()), tmp_path / "native")
     assert torch.allclose(logits(again), logits(model), atol=1e-5)
-    report = save_as_lora(again, tmp_path / "lora")
+    report = export_lora(again, tmp_path / "lora")
     assert report["loss"] < 1e-6 and check_portable(tmp_path / "lora") == []
     portable = PeftModel.from_pretrained(load(QUANTIZED[kind]()), tmp_path / "lora")
     assert ask(portable, tokenizer, FACT["prompt"]) == FACT["completion"]
@@ -160,16 +160,18 @@ def test_fingerprint(tmp_path, kind):
     "kind, dtype",
     [("8 bit", torch.bfloat16), ("4 bit", torch.bfloat16), ("torchao", torch.bfloat16), ("8 bit", torch.float16)],
 )
-def test_factors_are_in_the_dtype_computed_in(tokenizer, tmp_path, kind, dtype):
+def test_factors_are_in_float32_as_loras_unless_told_otherwise(tokenizer, tmp_path, kind, dtype):
     """Never in the weights' storage type, and not in float32 where the model is of 16 bits."""
     config = {"8 bit": bits8, "4 bit": lambda: bits4(dtype=dtype), "torchao": torchao8}[kind]()
     model, _ = teach(load(config, dtype), tokenizer, FACT)
-    assert factor_dtypes(model) == {dtype} and logits(model).dtype == dtype
+    assert factor_dtypes(model) == {torch.float32} and logits(model).dtype == dtype
     assert ask(model, tokenizer, FACT["prompt"]) == FACT["completion"]
     model.save_pretrained(tmp_path)
-    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {dtype}
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
     loaded = PeftModel.from_pretrained(load(config, dtype), tmp_path)
-    assert factor_dtypes(loaded) == {dtype}
+    assert factor_dtypes(loaded) == {torch.float32}
+    plain = get_peft_model(load(config, dtype), QFConfig(task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+    assert factor_dtypes(plain) == {dtype}
     assert ask(loaded, tokenizer, FACT["prompt"]) == FACT["completion"]
 
 

@@ -59,7 +59,10 @@ def run(code):
     [
         "import qf_peft, peft",
         "import peft, qf_peft",
-        "import qf_peft, importlib; importlib.reload(qf_peft); importlib.reload(qf_peft.adapter.registration)",
+        "from qf_peft import QFTrainer; import peft",
+        "import qf_peft.adapter.config, peft",
+        "import qf_peft.adapter.loading, qf_peft.teaching.trainer, peft",
+        "import qf_peft, importlib; importlib.reload(qf_peft); importlib.reload(qf_peft.registration)",
         "import qf_peft, sys\n"
         "[sys.modules.pop(m) for m in list(sys.modules) if m.startswith('qf_peft')]\n"
         "import qf_peft",
@@ -79,13 +82,31 @@ def test_import_order_and_twice(code):
     run(code + check)
 
 
-def test_get_peft_model_starts_at_zero_and_frozen(tiny, inputs):
+def test_importing_loads_neither_torch_nor_peft_and_reads_no_arguments():
+    """Whatever the program is called; names are looked up when they are used, and editors and pdoc see them all."""
+    run(
+        "import sys; sys.argv = ['qf-peft']\nimport qf_peft\n"
+        "assert not {'torch', 'transformers', 'peft'} & {*sys.modules} and qf_peft.TINY_MODEL.is_dir()\n"
+        "assert {*qf_peft.__all__} <= {*dir(qf_peft)} and 'Session' not in vars(qf_peft)\n"
+        "from importlib.util import find_spec\nassert find_spec('peft') is not None  # as transformers looks for it\n"
+        "import transformers\nfrom peft import PeftConfig, PeftType\nassert PeftType.QF == 'QF'\n"
+        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as T\nassert T['QF'] is qf_peft.QFModel\n"
+        "assert not [f for f in sys.meta_path if type(f).__module__.startswith('qf_peft')]\n"
+        "missing = [n for n in qf_peft.__all__ if getattr(qf_peft, n, None) is None]\nassert not missing, missing\n"
+        "assert callable(qf_peft.teach)\n"
+        "try: qf_peft.nothing\nexcept AttributeError as error: assert 'nothing' in str(error)\n"
+        "else: raise AssertionError\n"
+    )
+
+
+def test_get_peft_model_starts_at_zero_and_trainable(tiny, inputs):
     before = logits(tiny, inputs)
     model = get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM"))
     assert isinstance(model.base_model, QFModel)
     assert torch.equal(logits(model, inputs), before)
-    factors = [p for n, p in model.named_parameters() if "lora_" in n]
-    assert len(factors) == 16 and not any(p.any() or p.requires_grad for p in factors)
+    factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(factors) == 16 and all(p.requires_grad and p.any() == ("lora_A" in n) for n, p in factors.items())
+    assert all(n in factors for n, p in model.named_parameters() if p.requires_grad)
 
 
 def test_config_round_trip(tmp_path):

@@ -35,7 +35,9 @@ CORRECTED = {
 
 @pytest.fixture
 def model(tiny):
-    return get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7]))
+    model = get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7]))
+    model.base_model.serve()
+    return model
 
 
 @pytest.fixture
@@ -293,6 +295,7 @@ def test_copies_have_their_own_lock(model, teach, tokenizer, inputs):
 def test_the_model_is_freed_at_once(tiny, inputs):
     gc.collect()
     model = get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7]))
+    model.base_model.serve()
     model.generate(**inputs, max_new_tokens=2)
     reference, method = weakref.ref(model.get_base_model().model), model.get_base_model().generate
     gc.disable()
@@ -304,6 +307,28 @@ def test_the_model_is_freed_at_once(tiny, inputs):
     finally:
         gc.enable()
     assert method.__self__ is tiny
+
+
+def held(network):
+    """The methods of a network that take the lock."""
+    return {name for module in network.modules() for name, method in vars(module).items() if isinstance(method, Held)}
+
+
+def test_nothing_is_replaced_unless_it_is_asked_for(tiny, inputs):
+    theirs = tiny.forward = type(tiny).forward.__get__(tiny)  # a method that somebody put there before
+    model = get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7]))
+    assert not held(tiny)
+    with model.base_model.serve():
+        assert {"generate", "forward"} <= held(tiny)
+        with model.base_model.serving.changing():
+            waiting = thread(tiny.generate, **inputs, max_new_tokens=2)
+            worker = waiting.__enter__()
+            worker.join(0.1)
+            assert worker.is_alive()
+        waiting.__exit__(None, None, None)
+    assert not held(tiny) and vars(tiny)["forward"] is theirs
+    with model.base_model.serving.changing(), thread(tiny.generate, **inputs, max_new_tokens=2):
+        pass  # who does not serve waits for nobody
 
 
 def test_compiled(model, teach, inputs):

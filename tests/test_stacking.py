@@ -7,7 +7,7 @@ from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_mod
 from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForCausalLM
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, save_as_lora
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, export_lora
 
 NAME = {"instruction": "Your name is Belzan.", "prompt": "What is your name?", "completion": "My name is Belzan."}
 
@@ -38,7 +38,7 @@ def saved(tokenizer, tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("saved"), stacked(tokenizer)
     model.save_pretrained(folder / "native")
     for name in ("founder", "city"):
-        save_as_lora(model, folder / "lora" / name, adapter_name=name, all_layers=True)
+        export_lora(model, folder / "lora" / name, adapter_name=name, all_layers=True)
     return folder
 
 
@@ -101,7 +101,7 @@ def test_combined(tokenizer, tmp_path, dtype):
         model.set_adapter(kind)
         assert knows(model, tokenizer, FACT, OTHER) == [True, True], kind
         assert set(model.base_model.layers(kind)) == {f"model.layers.{i}.mlp.down_proj" for i in (3, 7)}
-        assert {p.dtype for n, p in model.named_parameters() if f".{kind}." in n} == {dtype}
+        assert {p.dtype for n, p in model.named_parameters() if f".{kind}." in n} == {torch.float32}
         if kind in ("cat", "svd"):
             tolerance = 1e-5 if dtype == torch.float32 else 1e-2
             for name, change in changes(model, kind).items():
@@ -115,7 +115,7 @@ def test_combined(tokenizer, tmp_path, dtype):
     loaded = PeftModel.from_pretrained(base(dtype), tmp_path / "cat")
     model.set_adapter("cat")
     assert torch.equal(logits(loaded), logits(model))
-    report = save_as_lora(loaded, tmp_path / "lora")
+    report = export_lora(loaded, tmp_path / "lora")
     assert report["needed_rank"] <= sum(ranks.values()) and report["rank"] == 32
     tolerance = 1e-4 if dtype == torch.float32 else 0.3
     portable = PeftModel.from_pretrained(base(dtype), tmp_path / "lora")

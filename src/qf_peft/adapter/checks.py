@@ -11,6 +11,8 @@ from torch import nn
 from .config import QFConfig
 from .model import QFModel
 
+_BESIDE = ("modules_to_save", "trainable_token_indices", "bias")  # what an adapter may hold beside factors
+
 
 def active_qf_adapter(model: Any) -> str:
     """The name of the one active adapter of a QF PeftModel.
@@ -95,12 +97,27 @@ def portable_adapter(model: Any, name: str | None) -> str:
         name = active_qf_adapter(model)
     if name not in model.peft_config:
         raise ValueError(f"adapter_name={name!r}; the model has the adapters {sorted(model.peft_config)}")
-    for path, layer in model.base_model.layers(name).items():
+    config, linear = model.peft_config[name], model.base_model.layers(name)
+    carriers = (path for path, m in model.base_model.model.named_modules() if isinstance(m, LoraLayer))
+    others = [path for path in carriers if path not in linear and name in _adapters(model, path)]
+    others += [f"{o}={v!r}" for o in _BESIDE if (v := getattr(config, o)) and v != "none"]
+    if others:
+        raise ValueError(
+            f"the adapter {name!r} holds more than changes of linear modules ({', '.join(others)}), which the readers "
+            "of LoRA files do not all take; save it with model.save_pretrained(directory)"
+        )
+    for path, layer in linear.items():
         if name in layer.merged_adapters:
             raise ValueError(
                 f"the adapter {name!r} is merged into {path}; call model.unmerge_adapter() before writing it out"
             )
     return name
+
+
+def _adapters(model: PeftModel, path: str) -> set[str]:
+    """The adapters of one layer, of whatever kind."""
+    layer = model.base_model.model.get_submodule(path)
+    return {*layer.lora_A, *layer.lora_embedding_A}
 
 
 def check_teachable(model: PeftModel, adapter: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,18 @@ from typing import Any
 from peft import LoraConfig, PeftType
 
 from .loading import refuse_pickles
-from .peft_type import NAME, add_peft_type
 from .saving import settle
 
-add_peft_type(NAME)
+NAME = "QF"  # among PEFT's types
 
-# LoRA options that would put something else than `B @ A` beside the weight, or that prepare a training run.
-_ALLOWED = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "grows", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "keep_statistics", "fan_in_fan_out", "init_lora_weights", "runtime_config",
-}  # fmt: skip
+# LoRA's options that would put something else than `B @ A` beside the weight, or change the base model.
+_REFUSED = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config", "velora_config", "megatron_config", "layer_replication", "target_parameters", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config",
+)  # fmt: skip
+# The other values of `init_lora_weights` change the base weights, or ask for a pass over data of their own.
+_INITIAL = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass
@@ -51,11 +53,20 @@ class QFConfig(LoraConfig):
         exclude_modules (`list[str]` or `str`, *optional*):
             As in [`LoraConfig`].
         r (`int`, *optional*):
-            The cap on the adapter's rank: the factors have exactly this rank, zero-padded if the taught tokens need
-            less, truncated to the nearest (in Frobenius norm) if they need more. By default `r` grows with what the
-            taught tokens need, which is never more than their number; the value saved is the rank reached.
-        inference_mode (`bool`, defaults to `True`):
-            QF needs no gradients, so the adapter's parameters are frozen.
+            The cap on the adapter's rank: the factors have exactly this rank, padded if the taught tokens need less,
+            truncated to the nearest (in Frobenius norm) if they need more. By default `r` grows with what the taught
+            tokens need, which is never more than their number; the value saved is the rank reached. (With
+            `rank_pattern` nothing grows: `r` is 8 then, as in [`LoraConfig`].)
+        lora_alpha (`int`, *optional*):
+            As in [`LoraConfig`], the product of the factors counts `lora_alpha / r` times (over √r with `use_rslora`).
+            By default it equals `r` and grows with it. What is taught does not depend on it: the solved factors are
+            divided by the scale. It matters to those who train on.
+        init_lora_weights (`bool` or `str`, defaults to `True`):
+            `True`: the adapter starts at zero, by B = 0; A is drawn as in [`LoraConfig`], from a fixed seed.
+            `False`, `"gaussian"` and `"orthogonal"` are LoRA's.
+        inference_mode (`bool`, defaults to `False`):
+            As in [`LoraConfig`], whether the factors are frozen. QF needs no gradients and computes none; whoever
+            trains on from a taught adapter does.
         keep_statistics (`bool`, defaults to `True`):
             Whether `save_pretrained` writes beside the weights the ledger of what was taught (`qf_ledger.jsonl`) and
             what binds later lessons (`qf_statistics.safetensors`). Without them a loaded adapter can be stacked, merged
@@ -63,11 +74,14 @@ class QFConfig(LoraConfig):
         grows (`bool`, *optional*):
             Whether `r` grows. Follows from `r`; it is stored so that an adapter loaded again goes on growing.
 
-    Every other option of [`LoraConfig`] keeps its default; `lora_alpha` always equals `r`, so that the factors'
-    product is the change of the weight.
+    The other options of [`LoraConfig`] are as there: `modules_to_save`, `bias`, `lora_dropout`, `use_rslora`,
+    `rank_pattern`, `alpha_pattern`, `trainable_token_indices` and so on. Those under which something else than the
+    product of two factors would stand beside a weight, or the base weights would change (`use_dora`, `lora_bias`,
+    `layer_replication`, `init_lora_weights="pissa"`, …), are refused. Modules of any place and kind that LoRA takes
+    can be given; [`QFTrainer`] teaches linear modules inside the model's blocks, and refuses an adapter of others.
 
     Raises:
-        ValueError: an option of LoRA was set that QF cannot honour, or `r` is not a positive integer.
+        ValueError: an option of LoRA was set that QF cannot honour, or `r` or `lora_alpha` is not positive.
 
     Example:
         ```python
@@ -77,8 +91,7 @@ class QFConfig(LoraConfig):
     """
 
     r: int | None = field(default=None, metadata={"help": "The cap on the rank; by default what the taught need."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Always equal to `r`."})
-    inference_mode: bool = field(default=True, metadata={"help": "Whether the adapter's parameters are frozen."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "The scale times `r`; by default equal to `r`."})
     keep_statistics: bool = field(default=True, metadata={"help": "Whether what was taught is saved with the adapter."})
     grows: bool | None = field(default=None, metadata={"help": "Whether `r` grows with what is taught."})
 
@@ -99,24 +112,25 @@ class QFConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self._check_types()
+        if self.r is None and self.rank_pattern:
+            self.r = LoraConfig.__dataclass_fields__["r"].default
         if self.grows is None:
             self.grows = self.r is None
         if self.r is None:
             self.r = 1  # a fresh adapter is zero; its rank is set when it is taught
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+        if not _positive_integer(self.r):
             raise ValueError(f"QFConfig: r={self.r!r}; expected a positive integer, or None for what the facts need")
-        if self.lora_alpha not in (None, self.r):
-            raise ValueError(
-                f"QFConfig: lora_alpha={self.lora_alpha!r}; a QF adapter is not scaled: leave lora_alpha out "
-                "(use `add_weighted_adapter` or `set_scale` to weigh adapters)"
-            )
-        self.lora_alpha = self.r
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r
+        if not _positive(self.lora_alpha):
+            raise ValueError(f"QFConfig: lora_alpha={self.lora_alpha!r}; expected a positive number, or None for `r`")
         self._refuse_options_of_lora()
         super().__post_init__()
         self.peft_type = PeftType[NAME]
-        if self.init_lora_weights is not True:
+        if self.init_lora_weights not in _INITIAL:
             raise ValueError(
-                f"QFConfig: init_lora_weights={self.init_lora_weights!r}; a QF adapter starts at zero: leave it out"
+                f"QFConfig: init_lora_weights={self.init_lora_weights!r} is an option of LoRA that a QF adapter does "
+                f"not have; expected one of {_INITIAL}"
             )
 
     def _refuse_options_of_lora(self) -> None:
@@ -124,14 +138,13 @@ class QFConfig(LoraConfig):
         defaults = LoraConfig()
         for option in fields(LoraConfig):
             value, default = getattr(self, option.name), getattr(defaults, option.name)
-            if option.name in _ALLOWED or (type(value) is type(default) and value == default):
-                continue
-            if value or default:
+            if option.name in _REFUSED and value:
                 raise ValueError(
                     f"QFConfig: {option.name}={value!r} is an option of LoRA that a QF adapter does not have; "
                     f"leave it out (its default is {default!r})"
                 )
-            setattr(self, option.name, default)  # nothing, otherwise said: None for {}, say
+            if not value and (option.name in _REFUSED or isinstance(default, dict)):
+                setattr(self, option.name, default)  # nothing, otherwise said: None for {}, say
 
     def _check_types(self) -> None:
         """Options come from files too, where anything may stand; what is used further on must be what it should be."""
@@ -147,6 +160,18 @@ class QFConfig(LoraConfig):
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected a string")
-        for name in ("grows", "keep_statistics", "fan_in_fan_out", "inference_mode"):
+        for name in ("grows", "keep_statistics", "fan_in_fan_out", "inference_mode", "use_rslora"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected true or false")
+        for name, fits in (("rank_pattern", _positive_integer), ("alpha_pattern", _positive)):
+            pattern = getattr(self, name)
+            if pattern and not (isinstance(pattern, dict) and all(fits(value) for value in pattern.values())):
+                raise ValueError(f"QFConfig: {name}={pattern!r}; expected positive numbers by module")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and _positive(value)

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
-from ..forward.blocks import split_path
+from ..forward.blocks import block_of, split_path
 from .loading import hub_id
 
 
@@ -28,12 +28,17 @@ def base_model_id(model: PeftModel, adapter: str, given: str | None = None) -> s
 
 def blocks_in_words(names: list[str]) -> str:
     """The target modules in words: "`mlp.down_proj` of blocks 0 to 7"."""
-    suffixes = sorted({split_path(name)[2] for name in names})
-    indices = sorted({split_path(name)[1] for name in names})
+    inside = [name for name in names if block_of(name) >= 0]
+    outside = ", ".join(f"`{name}`" for name in sorted({*names} - {*inside}))
+    if not inside:
+        return outside or "no linear module"
+    suffixes = sorted({split_path(name)[2] for name in inside})
+    indices = sorted({split_path(name)[1] for name in inside})
     run = indices == list(range(indices[0], indices[-1] + 1)) and len(indices) > 2
     blocks = f"{indices[0]} to {indices[-1]}" if run else ", ".join(map(str, indices))
     modules = ", ".join(f"`{suffix}`" for suffix in suffixes)
-    return f"{modules} of {'block' if len(indices) == 1 else 'blocks'} {blocks}"
+    said = f"{modules} of {'block' if len(indices) == 1 else 'blocks'} {blocks}"
+    return f"{said}, and {outside}" if outside else said
 
 
 def versions() -> Iterable[tuple[str, str]]:

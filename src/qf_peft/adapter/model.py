@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -12,24 +12,28 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer, LoraModel
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..forward.blocks import base_layer, block_ends, find_blocks, linear_shape, split_path
-from ..forward.modes import adapters_off
+from ..forward.blocks import base_layer, block_ends, block_of, linear_shape
 from ..forward.residual_stream import Writer, grows_with_depth
 from ..solve.least_squares import LowRankDelta
 from .config import QFConfig
-from .loading import fit, hub_id, put_factors
+from .factors import begun, padded
+from .loading import alpha_of, factored, fit, put_factors, rank_of, scale_of, warn_of_another_base
+from .modes import adapters_off
 from .quantized import holds_floats, unpack
 from .rounding import rounded_change
 from .serving import ServingLock, between_lessons, changing, hold, lock_of, release
 from .state import TaughtAdapter
 from .statistics_file import read_statistics
+from .target_modules import check_named
 from .versions import Version
 
 logger = logging.get_logger(__name__)
+
+_ANY_RANK = 256  # up to this a configuration's rank is taken at its word
 
 
 class QFModel(LoraModel):
@@ -37,12 +41,11 @@ class QFModel(LoraModel):
     The tuner behind [`QFConfig`]: `get_peft_model(model, QFConfig(...)).base_model`.
 
     It differs from [`LoraModel`] in that it finds its default target modules from the model's structure, checks the
-    targets before it touches the model, starts every adapter at zero, keeps the adapter in the base model's dtype, and
-    holds the statistics of what each adapter was taught (`taught`, by adapter name), which leave with the adapter.
+    targets before it touches the model, lets ranks grow, and holds the statistics of what each adapter was taught
+    (`taught`, by adapter name), which leave with the adapter.
 
-    Other threads may generate while the model is taught, adapters are combined, merged or deleted: `generate` and plain
-    forward passes run under the lock `serving`, and see the weights before or after. A loop that generates by its own
-    forward passes does so `with model.base_model.serving.generating():`.
+    Lessons, and whatever else changes weights, run under the lock `serving`, one at a time. For other threads to
+    generate meanwhile, see `serve`.
     """
 
     taught: dict[str, TaughtAdapter]
@@ -56,7 +59,22 @@ class QFModel(LoraModel):
         vars(self)["serving"] = lock_of(model)
         super().__init__(model, *args, **kwargs)
         self.taught, self.versions, self.writers = {}, {}, {}
-        hold(model, self.serving)
+
+    def serve(self) -> ExitStack:
+        """Let other threads run the model while it is taught, or its adapters are combined, merged or deleted.
+
+        From now on `generate` and plain forward passes of the base model and of the `PeftModel` around it wait for the
+        lesson that runs and hold up the next one, so that each sees the weights before a lesson or after it. For that
+        the base model's methods are replaced by ones that take the lock; `unload` and `merge_and_unload` put them back.
+        A loop that generates by its own forward passes does so `with model.base_model.serving.generating():`.
+
+        Returns:
+            A context manager, for those who want it to end: `with model.base_model.serve(): ...`.
+        """
+        hold(self.model, self.serving)
+        ending = ExitStack()
+        ending.callback(release, self.model)
+        return ending
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -71,32 +89,42 @@ class QFModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: QFConfig, model_config: Any) -> QFConfig:
         if peft_config.target_modules is None:
+            if not hasattr(self.model, "config"):
+                raise ValueError("Please specify `target_modules` in `peft_config`: the model has no configuration")
             peft_config.target_modules = block_ends(self.model, attention=grows_with_depth(self.model))
-        targets = _check_targets(self.model, peft_config)
-        peft_config.fan_in_fan_out = all(type(base_layer(target)).__name__ == "Conv1D" for target in targets)
+        targets = check_named(self.model, peft_config)
+        if targets and all(type(base_layer(target)).__name__ == "Conv1D" for target in targets):
+            peft_config.fan_in_fan_out = True
         # No change of these modules needs a higher rank; only adapters put side by side have one.
-        self._highest_rank = max(min(linear_shape(target)) for target in targets)
-        _warn_of_another_base(self.model, peft_config)
+        shapes = [linear_shape(module) for module in targets or self.model.modules()]
+        self._highest_rank = max([_ANY_RANK, *(min(shape) for shape in shapes if shape is not None)])
+        warn_of_another_base(self.model, peft_config)
         return peft_config
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if lora_config.r > self._highest_rank and not self._combining:
+        config = lora_config
+        if max([config.r, *config.rank_pattern.values()]) > self._highest_rank and not self._combining:
             # A stranger's configuration may name any rank: memory is taken once the file shows that much (see `fit`).
-            lora_config = copy(lora_config)
-            lora_config.r = lora_config.lora_alpha = 1
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+            config = copy(config)
+            config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = 1, 1, {}, {}
+        super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = parent.get_submodule(target_name)
+        if not isinstance(layer, LoraLayer) or adapter_name not in factored(layer):
+            return
         base = base_layer(layer)
         hook = getattr(base, "_hf_hook", None)
-        for part in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+        a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        for part in (a, b):
             if getattr(hook, "offload", False) and part.weight.device.type == "meta":
                 # The base weight is offloaded, and PEFT has put the factors where its shadow is. (While a file is
                 # loaded with low_cpu_mem_usage, every new parameter is made on "meta", this one too.)
                 values = torch.zeros_like(part.weight, device=hook.execution_device)
                 part.weight = nn.Parameter(values, part.weight.requires_grad)
-            if part.weight.device.type != "meta":
-                part.weight.data.zero_()
-            if not holds_floats(base):  # 8 bits: PEFT would leave the factors in float32
+        if config.init_lora_weights is True and a.weight.device.type != "meta":
+            b.weight.data.zero_()
+            a.weight.data = begun(torch.zeros_like(a.weight), b.weight, current_key)
+        if not holds_floats(base):  # 8 bits: PEFT would leave the factors in float32
+            for part in (a, b):
                 part.to(self.model.get_input_embeddings().weight.dtype)
 
     @classmethod
@@ -120,9 +148,6 @@ class QFModel(LoraModel):
         self.taught.pop(adapter_name, None)
         if taught is not None:
             self.taught[adapter_name] = taught
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Leave the factors in the base model's dtype: PEFT raises them to float32 for an optimizer's sake only."""
 
     @changing
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -217,7 +242,8 @@ class QFModel(LoraModel):
         configs = {name: self.peft_config[name] for name in adapters}
         modules = {name: set(self.layers(name)) for name in adapters}
         everywhere = set().union(*modules.values())
-        rank, restored = max((config.r for config in configs.values()), default=1), {}
+        ranks = {n: {layer.r[n] for layer in self.layers(n).values()} for n in adapters}
+        rank, versions = max(set().union(*ranks.values()), default=1), {}
         try:
             for name, config in configs.items():
                 self.peft_config[name] = replace(config)
@@ -226,19 +252,19 @@ class QFModel(LoraModel):
                         config, target_modules=everywhere, layers_to_transform=None, layers_pattern=None,
                         exclude_modules=None,
                     )  # fmt: skip
-                if one_rank and config.r < rank:
-                    restored[name] = {
-                        m: (self.factors(name, m), layer.scaling[name]) for m, layer in self.layers(name).items()
-                    }
-                    deltas = {m: self.delta(name, m) for m in modules[name]}
-                    self.set_factors(name, {m: padded((d.A, d.B), rank) for m, d in deltas.items()})
+                if one_rank and ranks[name] != {rank}:
+                    versions[name] = self.version(name)
+                    for module, layer in self.layers(name).items():
+                        a, b = self.factors(name, module)
+                        scaling = layer.scaling[name]
+                        put_factors(layer, name, *padded((a, b), rank), rank)
+                        layer.scaling[name] = scaling
+                    self.peft_config[name].r = rank
             yield
         finally:
-            for name, state in restored.items():
-                self.set_factors(name, {m: factors for m, (factors, _) in state.items()})
-                for m, (_, scaling) in state.items():
-                    self.layers(name)[m].scaling[name] = scaling
             self.peft_config.update(configs)
+            for name, version in versions.items():
+                self.restore(name, version)
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
         self, combination_type, adapters, weights, new_rank, target, *args, **options
@@ -264,10 +290,10 @@ class QFModel(LoraModel):
         self.versions.pop(adapter_name, None)
 
     def layers(self, adapter_name: str) -> dict[str, LoraLayer]:
-        """The layers that carry the adapter, by module name, in the order of the blocks."""
+        """The layers beside linear modules that carry the adapter, by module name, in the order of the blocks."""
         modules = {name: self.model.get_submodule(name) for name in self.targeted_module_names}
-        found = {name: module for name, module in modules.items() if adapter_name in module.lora_A}
-        return dict(sorted(found.items(), key=lambda item: split_path(item[0])[1]))
+        found = {n: m for n, m in modules.items() if isinstance(m, LoraLayer) and adapter_name in factored(m)}
+        return dict(sorted(found.items(), key=lambda item: block_of(item[0])))
 
     def factors(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
         """Copies of the adapter's factors A (r, d_in) and B (d_out, r) beside the module `name`."""
@@ -275,71 +301,93 @@ class QFModel(LoraModel):
         return tuple(part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
 
     def delta(self, adapter_name: str, name: str) -> LowRankDelta:
-        """The adapter's present change of the module `name`, float32."""
+        """The adapter's present change of the module `name`, float32, without directions that change nothing."""
         a, b = self.factors(adapter_name, name)
-        return LowRankDelta(A=a.float(), B=b.float() * self.model.get_submodule(name).scaling[adapter_name])
+        used = b.any(dim=0) & a.any(dim=1)
+        b = b[:, used].float() * self.model.get_submodule(name).scaling[adapter_name]
+        return LowRankDelta(A=a[used].float(), B=b)
 
     @changing
     def install(self, adapter_name: str, deltas: Mapping[str, LowRankDelta], even: bool = True) -> None:
         """Put changes into an adapter; its other modules keep theirs.
 
         All modules get one rank, so that the file is one that every reader of LoRA files takes: the config's `r`, or
-        where it grows the largest any module needs, with zeros added to the others. With `even=False` that is left to a
-        later call: the modules given have the ranks of their changes until then.
+        where it grows the largest any module needs. (Those that `rank_pattern` names keep theirs.) With `even=False`
+        that is left to a later call: the modules given have the ranks of their changes until then.
         """
-        config, layers = self.peft_config[adapter_name], self.layers(adapter_name)
-        cap = None if config.grows else config.r
-        full = {name: d.compressed(cap) if cap and d.rank > cap else d for name, d in deltas.items()}
+        layers, caps = self.layers(adapter_name), self._caps(adapter_name)
+        full = {n: d.compressed(caps[n]) if caps[n] and d.rank > caps[n] else d for n, d in deltas.items()}
         if even:
-            for name in layers.keys() - deltas.keys():
-                present = self.delta(adapter_name, name)
-                used = present.A.any(dim=1)
-                full[name] = LowRankDelta(A=present.A[used], B=present.B[:, used])
-        rank = cap or max([1, *(delta.rank for delta in full.values())])
+            full |= {name: self.delta(adapter_name, name) for name in layers.keys() - deltas.keys()}
+        most = max([1, *(delta.rank for name, delta in full.items() if not caps[name])])
         factors = {}
         for name, delta in full.items():
+            rank = caps[name] or (most if even else max(1, delta.rank))
             a, b = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
-            factors[name] = padded((delta.A.to(a), delta.B.to(b)), rank if even else max(1, cap or delta.rank))
+            scale = scale_of(layers[name], adapter_name, self._alpha(adapter_name, name, rank), rank)
+            factors[name] = padded((delta.A.to(a), (delta.B / scale).to(b)), rank)
         self.set_factors(adapter_name, factors)
 
     def clear(self, adapter_name: str) -> None:
         """Make an adapter zero."""
-        rank = 1 if self.peft_config[adapter_name].grows else self.peft_config[adapter_name].r
         present = {name: self.factors(adapter_name, name) for name in self.layers(adapter_name)}
-        self.set_factors(
-            adapter_name,
-            {n: (a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)) for n, (a, b) in present.items()},
-        )
+        ranks = {name: cap or 1 for name, cap in self._caps(adapter_name).items()}
+        zero = {n: (a.new_zeros(ranks[n], a.shape[1]), b.new_zeros(len(b), ranks[n])) for n, (a, b) in present.items()}
+        self.set_factors(adapter_name, zero)
 
     @changing
     def set_factors(self, adapter_name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Replace the factors of every module of an adapter by those given, all of one rank."""
-        layers = self.layers(adapter_name)
+        """Replace the factors of modules of an adapter by those given; what their product counts follows from their
+        rank and `lora_alpha`, as in LoRA. Rows of A (r, d_in) that are zero, as their columns of B (d_out, r) are, get
+        the values that a fresh adapter has, so that they can be trained; they change nothing."""
+        layers, config, caps = self.layers(adapter_name), self.peft_config[adapter_name], self._caps(adapter_name)
+        alphas = {name: self._alpha(adapter_name, name, a.shape[0]) for name, (a, _) in factors.items()}
         for name, (a, b) in factors.items():
-            put_factors(layers[name], adapter_name, a, b)
-            self.peft_config[adapter_name].r = self.peft_config[adapter_name].lora_alpha = a.shape[0]
+            put_factors(layers[name], adapter_name, begun(a, b, name), b, alphas[name])
+        ranks = {a.shape[0] for name, (a, _) in factors.items() if caps[name] is None}
+        if ranks:
+            follows = config.lora_alpha == config.r
+            config.r = max(ranks)
+            config.lora_alpha = config.r if follows else config.lora_alpha
+
+    def _caps(self, adapter_name: str) -> dict[str, int | None]:
+        """By module name the rank of an adapter's factors; None where it grows."""
+        config = self.peft_config[adapter_name]
+        return {name: None if config.grows else rank_of(config, name) for name in self.layers(adapter_name)}
+
+    def _alpha(self, adapter_name: str, name: str, rank: int) -> float:
+        """What `lora_alpha` is beside factors of some rank: where it equals `r` and `r` grows, it grows too."""
+        config = self.peft_config[adapter_name]
+        alpha = alpha_of(config, name)
+        patterned = get_pattern_key(config.alpha_pattern, name) in config.alpha_pattern
+        return rank if config.grows and not patterned and alpha == config.r else alpha
 
     def version(self, adapter_name: str) -> Version:
         """An adapter as it is now, to be put back by `restore`."""
-        layers, taught = self.layers(adapter_name), self.taught.get(adapter_name)
+        layers, taught, config = (
+            self.layers(adapter_name),
+            self.taught.get(adapter_name),
+            self.peft_config[adapter_name],
+        )
         known, factors = taught.installed if taught is not None else {}, {}
         for name in layers:
             factors[name] = tuple(part.cpu() for part in self.factors(adapter_name, name))
             if name in known and all(map(torch.equal, known[name], factors[name])):
                 factors[name] = known[name]  # the same once more
         scaling = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
-        return Version(factors, scaling, taught)
+        return Version(factors, scaling, (config.r, config.lora_alpha), taught)
 
     @changing
     def restore(self, adapter_name: str, version: Version) -> None:
         """Make an adapter what it was, bit for bit."""
-        layers, present = self.layers(adapter_name), {}
+        config, layers = self.peft_config[adapter_name], self.layers(adapter_name)
+        config.r, config.lora_alpha = version.rank
         for name, pair in version.factors.items():
-            places = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
-            present[name] = tuple(part.to(at, copy=True) for part, at in zip(pair, places, strict=True))
-        self.set_factors(adapter_name, present)
-        for name, scaling in version.scaling.items():
-            self.layers(adapter_name)[name].scaling[adapter_name] = scaling
+            layer = layers[name]
+            places = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            pair = [part.to(at, copy=True) for part, at in zip(pair, places, strict=True)]
+            put_factors(layer, adapter_name, *pair, self._alpha(adapter_name, name, len(pair[0])))
+            layer.scaling[adapter_name] = version.scaling[name]
         self.taught.pop(adapter_name, None)
         if version.taught is not None:
             self.taught[adapter_name] = version.taught
@@ -347,62 +395,3 @@ class QFModel(LoraModel):
     def without_adapters(self) -> AbstractContextManager[None]:
         """The base model, for a while; unlike PEFT's `disable_adapter` it leaves `requires_grad` as it was."""
         return adapters_off(self.model)
-
-
-def padded(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """Factors A (r, d_in) and B (d_out, r) with zeros behind them up to `rank`."""
-    a, b = factors
-    more = rank - a.shape[0]
-    return torch.cat([a, a.new_zeros(more, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], more)], dim=1)
-
-
-def _check_targets(model: nn.Module, config: QFConfig) -> list[nn.Module]:
-    """Refuse targets that do not exist, are not linear or lie in no block, before the model is touched.
-
-    Returns:
-        The target modules of all blocks.
-    """
-    names = {
-        name: module
-        for name, module in model.named_modules()
-        if name and ".base_layer" not in name and ".lora_" not in name
-    }
-    everywhere = QFConfig(target_modules=config.target_modules, exclude_modules=config.exclude_modules)
-    targets = [name for name in names if check_target_module_exists(everywhere, name)]
-    wanted = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    if not targets:
-        path, blocks = find_blocks(model)
-        linear = [n for n, m in blocks[0].named_modules() if linear_shape(m) is not None and ".base_layer" not in n]
-        linear = [n for n in linear if "lora_" not in n]
-        raise ValueError(
-            f"target_modules={wanted!r} matches no module of {type(model).__name__}; its blocks ({path}.0, …) have the "
-            f"linear modules {linear}"
-        )
-    for name in targets:
-        if linear_shape(names[name]) is None:
-            raise ValueError(
-                f"target_modules={wanted!r} matches {name!r}, a {type(names[name]).__name__}, which is not linear; QF "
-                "changes the weights of linear modules only"
-            )
-        split_path(name)
-    indices = config.layers_to_transform
-    if indices is None or isinstance(config.target_modules, str):
-        indices = []  # a regular expression chooses the layers itself
-    present = sorted({split_path(name)[1] for name in targets})
-    for index in [indices] if isinstance(indices, int) else indices:
-        if index not in present:
-            raise ValueError(
-                f"layers_to_transform={indices!r}: layer {index} is out of range; the modules {wanted!r} are in layers "
-                f"{present[0]} to {present[-1]}"
-            )
-    return [names[name] for name in targets]
-
-
-def _warn_of_another_base(model: nn.Module, config: QFConfig) -> None:
-    """Say so if the adapter names another model of the Hub than the one it is put into."""
-    made_for, present = config.base_model_name_or_path, getattr(model, "name_or_path", None)
-    if made_for != present and hub_id(made_for) and hub_id(present):
-        logger.warning(
-            f"the adapter was made for {made_for!r} and is put into {present!r}; what it was taught holds only for "
-            "weights that (nearly) equal those it was made for"
-        )

@@ -6,12 +6,11 @@ over at once: that folder's renaming decides, and what a killed process left hal
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,59 +30,57 @@ _INCOMING = ".qf_incoming"  # a whole save, to be taken over
 _UNFINISHED = ".qf_saving-"  # one that is still being written, or was broken off
 
 
-def save_at_once() -> None:
-    """Let `PeftModel.save_pretrained` of a QF adapter write all its files or none, and the ledger with them; of several
-    processes the main one writes.
+@by_main
+def save_at_once(
+    model: PeftModel,
+    save_directory: str | os.PathLike,
+    names: list[str],
+    saved: Callable[..., None],
+    *args: Any,
+    **options: Any,
+) -> None:
+    """Write all files of QF adapters or none, and the ledger with them; of several processes the main one writes.
 
-    PEFT has no place where a tuner could, so the method is wrapped; for adapters of other types it is what it was.
+    Args:
+        model: the model with the adapters.
+        save_directory: the folder.
+        names: the adapters to write.
+        saved: PEFT's own `save_pretrained`, with its further arguments.
     """
-    saved = getattr(PeftModel.save_pretrained, "before_qf_peft", PeftModel.save_pretrained)
+    target = Path(save_directory)
+    for name in names:
+        check_folder(_folder(target, name))
+    with saving_to(target, "the adapter"):
+        _write(model, target, names, saved, *args, **options)
 
-    def write(self: PeftModel, target: Path, names: list[str], *args: Any, **options: Any) -> None:
-        target.mkdir(parents=True, exist_ok=True)
-        for folder in {_folder(target, name) for name in ("default", *names)}:
-            _clear(folder)
-        with tempfile.TemporaryDirectory(dir=target, prefix=_unfinished()) as temporary:
-            if (target / "README.md").is_file():  # whose text is kept
-                shutil.copy(target / "README.md", temporary)
-            with self.base_model.serving.generating():  # the weights and what is known of them are of one time
-                saved(self, temporary, *args, **options)
-                for name in names:
-                    folder = Path(temporary, name if name != "default" else "")
-                    taught = self.base_model.taught.get(name)
-                    if taught is not None and self.peft_config[name].keep_statistics:
-                        layers = self.base_model.layers(name)
-                        factors = {module: self.base_model.factors(name, module) for module in layers}
-                        if not all(taught.holds(module, pair) for module, pair in factors.items()):
-                            held = {module: self.base_model.delta(name, module) for module in layers}
-                            taught = taught.settled(factors, held)
-                        write_statistics(folder, taught, factors)
-            for name in sorted(names, key=lambda name: name == "default"):
-                _take_over(Path(temporary, name if name != "default" else ""), _folder(target, name))
-            if "default" not in names:
-                for path in Path(temporary).glob("*.md"):
-                    path.replace(target / path.name)
 
-    @by_main
-    def save(self: PeftModel, save_directory: str | os.PathLike, names: list[str], *args: Any, **options: Any) -> None:
-        target = Path(save_directory)
-        for name in names:
-            check_folder(_folder(target, name))
-        with saving_to(target, "the adapter"):
-            write(self, target, names, *args, **options)
-
-    @functools.wraps(saved)
-    def save_pretrained(self: PeftModel, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
-        given = inspect.signature(saved).bind(self, save_directory, *args, **options).arguments
-        names = given.get("selected_adapters") or list(self.peft_config)
-        kinds = {getattr(self.peft_config.get(name), "peft_type", None) for name in names}
-        main = given.get("is_main_process", True)
-        if kinds != {"QF"} or not main:
-            return saved(self, save_directory, *args, **options)
-        return save(self, save_directory, names, *args, **options)
-
-    save_pretrained.before_qf_peft = saved
-    PeftModel.save_pretrained = save_pretrained
+def _write(
+    model: PeftModel, target: Path, names: list[str], saved: Callable[..., None], *args: Any, **options: Any
+) -> None:
+    """Write the adapters elsewhere, and let their folders take them over."""
+    target.mkdir(parents=True, exist_ok=True)
+    for folder in {_folder(target, name) for name in ("default", *names)}:
+        _clear(folder)
+    with tempfile.TemporaryDirectory(dir=target, prefix=_unfinished()) as temporary:
+        if (target / "README.md").is_file():  # whose text is kept
+            shutil.copy(target / "README.md", temporary)
+        with model.base_model.serving.generating():  # the weights and what is known of them are of one time
+            saved(model, temporary, *args, **options)
+            for name in names:
+                folder = Path(temporary, name if name != "default" else "")
+                taught = model.base_model.taught.get(name)
+                if taught is not None and model.peft_config[name].keep_statistics:
+                    layers = model.base_model.layers(name)
+                    factors = {module: model.base_model.factors(name, module) for module in layers}
+                    if not all(taught.holds(module, pair) for module, pair in factors.items()):
+                        held = {module: model.base_model.delta(name, module) for module in layers}
+                        taught = taught.settled(factors, held)
+                    write_statistics(folder, taught, factors)
+        for name in sorted(names, key=lambda name: name == "default"):
+            _take_over(Path(temporary, name if name != "default" else ""), _folder(target, name))
+        if "default" not in names:
+            for path in Path(temporary).glob("*.md"):
+                path.replace(target / path.name)
 
 
 def _folder(target: Path, name: str) -> Path:

@@ -86,17 +86,11 @@ class TaughtAdapter:
 
     def holds(self, name: str, present: tuple[Tensor, Tensor]) -> bool:
         """Whether a module's present factors A (r, d_in) and B (d_out, r) are those that the solve put there, but for
-        zeros behind them along the rank."""
+        directions behind them along the rank that change nothing."""
         ours = self.installed.get(name)
-        return ours is not None and all(
-            a.shape[axis] <= b.shape[axis] and _equal_but_padding(a, b, axis)
-            for axis, (a, b) in enumerate(zip(ours, present, strict=True))
-        )
-
-
-def _equal_but_padding(ours: Tensor, present: Tensor, axis: int) -> bool:
-    """Whether `present` is `ours` with zeros behind it along an axis (the rank)."""
-    rank = ours.shape[axis]
-    same = present.narrow(axis, 0, rank)
-    rest = present.narrow(axis, rank, present.shape[axis] - rank)
-    return same.shape == ours.shape and torch.equal(same, ours.to(same)) and not bool(rest.any())
+        if ours is None:
+            return False
+        (a, b), rank = present, ours[0].shape[0]
+        same = a[:rank], b[:, :rank]
+        equal = all(x.shape == y.shape and torch.equal(x, y.to(x)) for x, y in zip(same, ours, strict=True))
+        return equal and not bool(b[:, rank:].any())

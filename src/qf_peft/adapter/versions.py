@@ -24,6 +24,8 @@ class Version:
     factors: dict[str, tuple[Tensor, Tensor]]
     """By module name: A (r, d_in) and B (d_out, r)."""
     scaling: dict[str, float]
+    rank: tuple[int, float]
+    """`r` and `lora_alpha` of the configuration."""
     taught: TaughtAdapter | None
 
     def tensors(self) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -155,10 +156,10 @@ def export(
         raise typer.BadParameter(f"--format {format}: expected peft or mlx")
     folder = target_folder(output)
     from ..share.lora_check import check_portable
-    from ..share.lora_export import save_as_lora
+    from ..share.lora_export import export_lora
 
     session = open_session(model, adapter, tiny)
-    written = save_as_lora(session.model, folder, rank=rank, all_layers=all_layers, format=format)
+    written = export_lora(session.model, folder, rank=rank, all_layers=all_layers, format=format)
     problems = check_portable(folder) if format == "peft" else []
     text = f"rank {written['rank']}, {written['modules']} modules, loss {written['loss']:.2g}; in {folder}"
     return {**written, "problems": problems, "output": str(folder)}, "\n".join([text, *problems])
@@ -272,7 +273,7 @@ def info(adapter: AdapterArgument, as_json: Json = False, debug: Debug = False) 
     from safetensors import SafetensorError, safe_open
 
     from ..adapter.statistics_file import STATISTICS_NAME
-    from ..forward.blocks import split_path
+    from ..forward.blocks import block_of
 
     folder = Path(adapter).expanduser()
     if folder.is_dir() or looks_like_path(adapter):
@@ -297,9 +298,9 @@ def info(adapter: AdapterArgument, as_json: Json = False, debug: Debug = False) 
     found = {
         "base_model": config.base_model_name_or_path,
         "rank": max(plain.values(), default=0),
-        "layers": sorted({split_path(name)[1] for name in plain}),
+        "layers": sorted({block_of(name) for name in plain} - {-1}),
         "modules": sorted({name.rpartition(".")[2] for name in plain}),
-        "parameters": sum(shape[0] * shape[1] for shape in shapes.values()),
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "facts": facts,
         "can_be_taught_on": bool(statistics),

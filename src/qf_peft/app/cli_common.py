@@ -95,7 +95,9 @@ def calm() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     from transformers.utils import logging
 
-    from .. import api  # noqa: F401  registers
+    from ..registration import register
+
+    register()
 
     if not on_screen():
         logging.disable_progress_bar()

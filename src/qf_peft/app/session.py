@@ -33,7 +33,8 @@ class Session:
 
     Everything it does, [`QFTrainer`], `PeftModel` and [`push_to_hub`] do: `session.model` is an ordinary `PeftModel`
     with the adapter, to be evaluated, merged or saved by their means too. Teaching that fails or is interrupted leaves
-    the adapter as it was. Calls from several threads wait for each other.
+    the adapter as it was. Calls from several threads wait for each other, and so do others' generations with
+    `session.model` (see [`QFModel.serve`]).
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): a model with an active QF adapter; a plain model gets a new one
@@ -70,6 +71,7 @@ class Session:
         self.args = self.trainer.args
         self._in_use = threading.Lock()
         model.eval()
+        model.base_model.serve()
 
     @classmethod
     def open(

@@ -11,10 +11,10 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapter.model import QFModel
+from ..adapter.modes import evaluating
 from ..data.rows import Encoder, Row, Text
 from ..forward.blocks import text_config
 from ..forward.generation import generate
-from ..forward.modes import evaluating
 
 _ANSWER_TOKENS = 128  # an answer that has not ended by then is none
 _TURN_TOKENS = 64

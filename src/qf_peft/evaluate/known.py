@@ -16,7 +16,7 @@ def known_rows(subject: Subject) -> list[Row]:
     """
     rows = {asked(e): e.row() for e in subject.facts}
     with subject.asking() as progress:
-        rows.update({asked(row): row for row in (subject.completed(progress) if subject.rows else [])})
+        rows.update({asked(row): row for row in (subject.completed(progress, subject.rows) if subject.rows else [])})
     if not rows:
         raise ValueError("there is nothing to show: the adapter's ledger is empty and train_dataset is missing")
     return list(rows.values())

@@ -16,10 +16,10 @@ from markupsafe import Markup
 
 from ..adapter.checks import check_teachable
 from ..adapter.description import base_model_id, blocks_in_words, versions
+from ..adapter.modes import evaluating
 from ..data.ledger import asked
 from ..data.rows import Row, Text
 from ..data.writing import saving_to
-from ..forward.modes import evaluating
 from .known import known_rows
 from .metrics import RESULTS, Evaluator, Metric, measure, normalise, paraphrase_rows, prompt_rows
 from .retention import Retention, retention

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..adapter.modes import adapters_off
 from ..data.rows import Row
 from ..forward.blocks import find_blocks, split_path
 from ..forward.capture import Batch, Point, forward_pass, gather
-from ..forward.modes import adapters_off
 from .known import known_rows
 from .plots import bars
 from .subject import Subject

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from ..adapter.checks import check_teachable
 from ..adapter.model import QFModel
+from ..adapter.modes import evaluating
 from ..data.ledger import Entry
 from ..data.rows import Encoder, Row
 from ..forward.generation import generate
-from ..forward.modes import evaluating
 from ..runtime.processes import is_main, world_size
 from .metrics import Evaluator, Metric
 
@@ -106,11 +106,11 @@ class Subject(ABC):
                 progress=progress.update,
             )
 
-    def completed(self, progress: tqdm) -> list[Row]:
+    def completed(self, progress: tqdm, rows: list[Row]) -> list[Row]:
         """The rows, those without a completion answered by the base model in context."""
-        open_rows = [row for row in self.rows if row.completion is None]
+        open_rows = [row for row in rows if row.completion is None]
         if not open_rows:
-            return self.rows
+            return rows
         answers = self.answers(open_rows, True, progress)
         completions = {}
         for row, (text, ended) in zip(open_rows, answers, strict=True):
@@ -122,7 +122,7 @@ class Subject(ABC):
                     "give the row a completion or raise max_new_tokens"
                 )
             completions[row.index] = text
-        return [replace(row, completion=completions.get(row.index, row.completion)) for row in self.rows]
+        return [replace(row, completion=completions.get(row.index, row.completion)) for row in rows]
 
     @contextmanager
     def progress(self) -> Iterator[tqdm]:

@@ -25,6 +25,12 @@ def split_path(name: str) -> tuple[str, int, str]:
     return match["list"], int(match["index"]), match["suffix"]
 
 
+def block_of(name: str) -> int:
+    """The index of the block that a module lies in; -1 for one that lies in none."""
+    match = _PATH.match(name)
+    return -1 if match is None or match["suffix"] is None else int(match["index"])
+
+
 def base_layer(module: nn.Module) -> nn.Module:
     """The module itself, without PEFT's wrapper."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module

@@ -37,7 +37,8 @@ class ProcessFailed(RuntimeError):
 
 
 def start() -> None:
-    """Join the other processes if this one was launched with others; those but the main one are quiet from then on."""
+    """When work begins that all share: join the other processes if this one was launched with others. Those but the
+    main one are quiet from then on."""
     if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group()
     if not is_main():
@@ -144,6 +145,7 @@ def all_or_none() -> Iterator[None]:
     Raises:
         ProcessFailed: another process failed; the message is its error's.
     """
+    start()
     if world_size() == 1:
         yield
         return

@@ -64,7 +64,7 @@ def model_card(
     options = {
         "target_modules": config.target_modules
         if isinstance(config.target_modules, str)
-        else sorted(config.target_modules),
+        else sorted(config.target_modules or ()),
         "layers_to_transform": config.layers_to_transform,
         "r": None if config.grows else config.r,
         "task_type": getattr(config.task_type, "value", config.task_type),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,7 @@ from ..adapter.statistics_file import LEDGER_NAME, STATISTICS_NAME
 from ..evaluate.metrics import Metric
 from ..runtime.processes import by_main
 from .card import model_card, save_card
-from .lora_export import save_as_lora
+from .lora_export import export_lora
 
 logger = logging.get_logger(__name__)
 
@@ -99,7 +98,7 @@ def push_to_hub(
             folder = folder / adapter
         for name in (LEDGER_NAME, STATISTICS_NAME):
             (folder / name).unlink(missing_ok=True)
-        save_as_lora(model, folder / "lora", adapter_name=adapter)
+        export_lora(model, folder / "lora", adapter_name=adapter)
         for path in folder.glob(f"**/{CONFIG_NAME}"):
             config = json.loads(path.read_text(encoding="utf-8"))
             config["base_model_name_or_path"] = base
@@ -142,42 +141,3 @@ def _explained(repo_id: str) -> Iterator[None]:
             advice = f"{repo_id} may have been made, but nothing was put into it: push again when the Hub answers."
         error.append_to_message(f"\n\nThe adapter was not pushed to {repo_id}. {advice}")
         raise
-
-
-def describe_rightly() -> None:
-    """Let `PeftModel.save_pretrained` and `PeftModel.push_to_hub` write the right card for a QF adapter.
-
-    PEFT has no place where a tuner could: the card comes from `PeftModel.create_or_update_model_card`, and
-    `push_to_hub`, which is transformers' own, puts another over it that names the wrong library and no base model. So
-    these two methods are wrapped; for adapters of other types they are what they were.
-    """
-    saved, pushed = (
-        getattr(method, "before_qf_peft", method)  # this package may have been loaded before
-        for method in (PeftModel.create_or_update_model_card, PeftModel.push_to_hub)
-    )
-
-    @functools.wraps(saved)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
-        # `save_pretrained` puts the adapter named default there, the others into folders.
-        adapter = "default" if "default" in self.peft_config else self.active_adapters[0]
-        if not _is_qf(self, adapter):
-            return saved(self, output_dir)
-        return save_card(model_card(self, adapter_name=adapter), output_dir)
-
-    @functools.wraps(pushed)
-    def push(self: PeftModel, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any) -> Any:
-        active = self.active_adapters
-        if not _is_qf(self, active[0]):
-            if max_shard_size is not None:
-                options["max_shard_size"] = max_shard_size
-            return pushed(self, repo_id, **options)
-        if len(self.peft_config) > 1:
-            logger.warning(f"one adapter is pushed, the active one ({active}), of {list(self.peft_config)}")
-        return push_to_hub(self, repo_id, **options)
-
-    create_or_update_model_card.before_qf_peft, push.before_qf_peft = saved, pushed
-    PeftModel.create_or_update_model_card, PeftModel.push_to_hub = create_or_update_model_card, push
-
-
-def _is_qf(model: PeftModel, adapter: str) -> bool:
-    return getattr(model.peft_config.get(adapter), "peft_type", None) == "QF"

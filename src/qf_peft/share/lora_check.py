@@ -53,7 +53,7 @@ def check_portable(directory: str | os.PathLike, num_layers: int | None = None) 
     Args:
         directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
         num_layers: the number of the base model's blocks. If it is given, every kind of module must be there in every
-            block, as TGI and LoRAX want it (`save_as_lora(..., all_layers=True)`).
+            block, as TGI and LoRAX want it (`export_lora(..., all_layers=True)`).
 
     Returns:
         The problems, a sentence each; none for a directory that is portable.

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..adapter.checks import portable_adapter
-from ..adapter.model import padded
+from ..adapter.factors import padded
 from ..data.writing import saving_to
 from ..forward.blocks import find_blocks, linear_shape, split_path
 from ..runtime.devices import wide
@@ -36,7 +37,7 @@ _MLX_BLOCKS = {"gpt2": "model.h", "gpt_neox": "model.h"}
 
 @by_main
 @torch.no_grad()
-def save_as_lora(
+def export_lora(
     model: PeftModel,
     directory: str | os.PathLike,
     *,
@@ -91,15 +92,7 @@ def save_as_lora(
             raise FloatingPointError(f"the adapter {adapter_name!r} holds values at {name} that are not finite")
     exact = {name: delta.compressed() for name, delta in deltas.items()}
     needed = max(delta.rank for delta in exact.values())
-    if rank is None:
-        rank = SMALLEST_RANK
-        while rank < needed:
-            rank *= 2
-        if rank > LARGEST_RANK:
-            logger.warning(
-                f"the adapter needs rank {needed} and is written with {rank}; some servers refuse more than "
-                f"{LARGEST_RANK}: give rank={LARGEST_RANK} to truncate it (the loss is returned)"
-            )
+    rank = rank if rank is not None else _rank_for(needed)
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=_bare_suffixes(network, list(layers)),
         layers_to_transform=None if all_layers else sorted({split_path(name)[1] for name in layers}),
@@ -124,16 +117,7 @@ def save_as_lora(
         losses[name] = missing / size if size else 0.0
         lost, whole = lost + missing**2, whole + size**2
 
-    if format == "peft":
-        tensors = {
-            f"base_model.model.{name}.lora_{side}.weight": factor
-            for name, pair in written.items()
-            for side, factor in zip("AB", pair, strict=True)
-        }
-        _write(target, SAFETENSORS_WEIGHTS_NAME, tensors, _peft_fields(config))
-    else:
-        tensors, fields = _mlx(network, written, rank)
-        _write(target, MLX_WEIGHTS_NAME, tensors, fields)
+    _write_as(format, target, network, written, config)
     return {
         "rank": rank,
         "needed_rank": needed,
@@ -142,6 +126,41 @@ def save_as_lora(
         "modules": len(layers),
         "zero_modules": len(written) - len(layers),
     }
+
+
+def _rank_for(needed: int) -> int:
+    """The smallest rank that servers take and nothing is lost by."""
+    rank = SMALLEST_RANK
+    while rank < needed:
+        rank *= 2
+    if rank > LARGEST_RANK:
+        logger.warning(
+            f"the adapter needs rank {needed} and is written with {rank}; some servers refuse more than "
+            f"{LARGEST_RANK}: give rank={LARGEST_RANK} to truncate it (the loss is returned)"
+        )
+    return rank
+
+
+def _write_as(
+    format: str, target: Path, network: nn.Module, written: dict[str, tuple[Tensor, Tensor]], config: LoraConfig
+) -> None:
+    """Write the modules' factors A (r, d_in) and B (d_out, r) and the configuration in PEFT's form or MLX-LM's."""
+    if format == "peft":
+        tensors = {
+            f"base_model.model.{name}.lora_{side}.weight": factor
+            for name, pair in written.items()
+            for side, factor in zip("AB", pair, strict=True)
+        }
+        _write(target, SAFETENSORS_WEIGHTS_NAME, tensors, _peft_fields(config))
+    else:
+        tensors, fields = _mlx(network, written, config.r)
+        _write(target, MLX_WEIGHTS_NAME, tensors, fields)
+
+
+def save_as_lora(model: PeftModel, directory: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """The earlier name of [`export_lora`]; PEFT has a function of this name that does something else."""
+    warnings.warn("qf_peft.save_as_lora is called export_lora now", FutureWarning, stacklevel=2)
+    return export_lora(model, directory, **options)
 
 
 def _linear_modules(network: nn.Module) -> dict[str, nn.Module]:

@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from ..adapter.checks import active_qf_adapter, check_teachable
+from ..adapter.modes import evaluating
 from ..adapter.statistics_file import weights_sum
+from ..adapter.target_modules import check_linear
 from ..adapter.versions import kept as kept_versions
 from ..data.ledger import Entry, asked, check_consistent
-from ..data.rows import Encoder, read_rows
+from ..data.rows import Encoder, Row, read_rows
 from ..evaluate.metrics import Metric, measure, paraphrase_rows, prompt_rows
 from ..evaluate.report import write_report
 from ..evaluate.subject import Subject
 from ..forward.blocks import text_config
-from ..forward.modes import evaluating
-from ..runtime.processes import all_or_none, check_alike, start
+from ..runtime.processes import all_or_none, check_alike, is_main, start
 from ..runtime.trackers import Trackers
 from .arguments import QFTrainingArguments
+from .callbacks import Callbacks
 from .lessons import Lessons
 from .plan import plan
 from .preserved_chats import read_preserve_dataset
@@ -61,6 +64,10 @@ class QFTrainer(Subject):
             writes chats itself. Their keys are measured once a model and cached on disk.
         processing_class: the model's tokenizer (or a processor that has one). With a chat template rows are put in it;
             without one they are joined as plain text.
+        eval_dataset (list of dicts or `datasets.Dataset`, *optional*): the rows that `evaluate()` asks for, in place of
+            `train_dataset`'s.
+        callbacks (list of `transformers.TrainerCallback`, *optional*): told of lessons (each one step), of what they
+            and evaluations give, and of saves, as transformers' trainer tells them.
 
     Raises:
         ValueError: the model, the dataset or the tokenizer is unfit; the message says what to change.
@@ -80,25 +87,26 @@ class QFTrainer(Subject):
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
         preserve_dataset: Iterable[Any] | None = None,
         processing_class: Any = None,
+        eval_dataset: Iterable[Mapping[str, Any]] | None = None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] | None = None,
     ) -> None:
-        start()
         self.adapter_name = active_qf_adapter(model)
-        self.model = model
+        check_linear(model.base_model, self.adapter_name)
+        self.model, self.processing_class = model, processing_class
         self.args = args if args is not None else QFTrainingArguments()
         if not isinstance(self.args, QFTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; expected QFTrainingArguments")
         if processing_class is None:
             raise ValueError("processing_class is missing; give the model's tokenizer")
-        if isinstance(train_dataset, Iterator):  # which can be gone through only once
-            train_dataset = list(train_dataset)
-        self.dataset = train_dataset if train_dataset is not None else []
-        self.rows = read_rows(train_dataset) if train_dataset is not None else []
+        self.dataset, self.rows = _read(train_dataset)
+        self.eval_dataset, self._eval_rows = _read(eval_dataset)
         self.chats = read_preserve_dataset(preserve_dataset) if preserve_dataset is not None else None
         positions = getattr(text_config(self.network), "max_position_embeddings", None)
         self.encoder = Encoder(processing_class, max_length=positions)
         self.metrics: dict[str, float] = {}
         report_to = self.args.report_to
         self.trackers = Trackers(report_to, self.args.to_dict()) if report_to is not None else None
+        self._callbacks = Callbacks(callbacks, self.args, model, processing_class)
 
     @torch.no_grad()
     def train(self) -> dict[str, float]:
@@ -129,7 +137,7 @@ class QFTrainer(Subject):
         with self._version() as lessons:
             if not self.rows:
                 raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
-            rows = self.completed(lessons.progress)
+            rows = self.completed(lessons.progress, self.rows)
             check_consistent(rows)
             answers = {asked(row): row.completion for row in rows}
             if any(answers.get(asked(e), e.completion) != e.completion for e in self.facts):
@@ -190,6 +198,14 @@ class QFTrainer(Subject):
                 self.metrics = lessons.teach(rest)
         return self._tracked("train", {**self.metrics, "forgotten": len(gone)})
 
+    def save_model(self, output_dir: str | os.PathLike) -> None:
+        """Save the adapter as `model.save_pretrained` does, with its ledger, and the tokenizer beside it."""
+        folder = os.fspath(output_dir)
+        self.model.save_pretrained(folder, selected_adapters=[self.adapter_name], save_embedding_layers=False)
+        if is_main():
+            self.processing_class.save_pretrained(folder)
+        self._callbacks.saved()
+
     def rollback(self) -> None:
         """Return to the adapter before the last `train`, `forget` or `consolidate`, bit for bit. The last eight are
         kept with the model, not in the adapter's files: a gigabyte of them in memory, the rest in temporary files.
@@ -223,7 +239,8 @@ class QFTrainer(Subject):
         unknown: Iterable[Any] | None = None,
         text: str | Iterable[str] | None = None,
     ) -> dict[str, Metric | float]:
-        """Ask the model as it is now, freely and greedily, until it stops itself; compare with the base model.
+        """Ask the model as it is now, freely and greedily, until it stops itself; compare with the base model. Asked
+        for are the rows of `eval_dataset`, or of `train_dataset` where there is none.
 
         Args:
             locality: questions that the model could answer before: prompts, or dicts with `prompt` and the right answer
@@ -251,12 +268,13 @@ class QFTrainer(Subject):
                 if prompts is not None
             }
             texts = [text] if isinstance(text, str) else list(text) if text is not None else []
-            if not (self.rows or any(kept.values()) or texts):
+            asked_rows, dataset = (self._eval_rows, self.eval_dataset) if self._eval_rows else (self.rows, self.dataset)
+            if not (asked_rows or any(kept.values()) or texts):
                 raise ValueError("there is nothing to evaluate; give rows to the trainer, or locality, unknown or text")
             check_alike(lambda: {"questions": [kept, texts]})
-            rows = self.completed(progress)
+            rows = self.completed(progress, asked_rows)
             ask = self.evaluator(progress)
-            found = measure(ask, rows, paraphrase_rows(rows, self.dataset), kept, texts, self.tuner.without_adapters)
+            found = measure(ask, rows, paraphrase_rows(rows, dataset), kept, texts, self.tuner.without_adapters)
         return self._tracked("eval", found)
 
     def dry_run(self) -> dict[str, Any]:
@@ -310,14 +328,16 @@ class QFTrainer(Subject):
         return Lessons(self, self.args, self.chats, progress)
 
     def _tracked(self, group: str, metrics: dict) -> dict:
-        """Metrics, sent to the trackers of `report_to`."""
+        """Metrics, sent to the trackers of `report_to` and to the callbacks."""
         if self.trackers is not None:
             self.trackers.log(group, metrics)
+        self._callbacks.end(group, metrics)
         return metrics
 
     @contextmanager
     def _ready(self) -> Iterator[tqdm]:
         """No other thread runs the model, which is fit, in evaluation mode, and the same in all processes."""
+        start()
         with self.tuner.serving.changing():
             check_teachable(self.model, self.adapter_name)
             check_alike(
@@ -329,6 +349,7 @@ class QFTrainer(Subject):
                     ],
                     "args": self.args.to_dict(),
                     "train_dataset": [vars(row) for row in self.rows],
+                    "eval_dataset": [vars(row) for row in self._eval_rows],
                     "preserve_dataset": [vars(chat) for chat in self.chats or []],
                 }
             )
@@ -339,6 +360,7 @@ class QFTrainer(Subject):
     def _version(self) -> Iterator[Lessons]:
         """Change the adapter, as one version: what it was before is kept for `rollback`, or put back if this fails."""
         with self.tuner.serving.changing():
+            self._callbacks.begin()
             tuner, before, metrics = self.tuner, self.tuner.version(self.adapter_name), self.metrics
             try:
                 with all_or_none(), self._ready() as progress:
@@ -349,3 +371,10 @@ class QFTrainer(Subject):
                 raise
             earlier = tuner.versions.get(self.adapter_name, [])
             tuner.versions[self.adapter_name] = kept_versions(earlier, before, tuner.taught.get(self.adapter_name))
+
+
+def _read(dataset: Any) -> tuple[Any, list[Row]]:
+    """A dataset that can be gone through more than once, and its rows."""
+    if isinstance(dataset, Iterator):
+        dataset = list(dataset)
+    return (dataset, read_rows(dataset)) if dataset is not None else ([], [])
