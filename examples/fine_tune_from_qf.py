@@ -71,9 +71,9 @@ def main():
     def fine_tune(model):
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
-                folder, max_steps=options.steps, per_device_train_batch_size=len(FACTS),
-                learning_rate=options.learning_rate, seed=0, save_strategy="no", report_to="none",
-                logging_strategy="no", disable_tqdm=True,
+                folder, max_steps=options.steps, per_device_train_batch_size=len(FACTS), seed=0,
+                learning_rate=options.learning_rate, save_strategy="no", report_to="none", logging_strategy="no",
+                disable_tqdm=True,
             )  # fmt: skip
             Trainer(model, args, data_collator=collate, train_dataset=dataset).train()
 

@@ -133,9 +133,11 @@ def _check(
             f"the adapter {adapter_name!r}: {name} has shape {tuple(tensor.shape)}; with {given}this model's layer it "
             f"must be {shape}. The file does not fit its configuration, or the adapter was made for another base model"
         )
+    if not dtype.is_floating_point and tensor.dtype == dtype:
+        return  # a counter, say, of a module that is saved whole
     if not tensor.is_floating_point():
         raise ValueError(f"the adapter {adapter_name!r}: {name} is of {tensor.dtype}, not floating point")
-    if not bool(torch.isfinite(tensor.to(dtype)).all()):
+    if not tensor.is_meta and not bool(torch.isfinite(tensor.to(dtype)).all()):
         raise ValueError(
             f"the adapter {adapter_name!r}: {name} holds values that are not finite in the layer's {dtype}; the file "
             "is broken, or needs a base model of a wider dtype"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -91,11 +92,18 @@ class QFModel(LoraModel):
         if peft_config.target_modules is None:
             if not hasattr(self.model, "config"):
                 raise ValueError("Please specify `target_modules` in `peft_config`: the model has no configuration")
-            peft_config.target_modules = block_ends(self.model, attention=grows_with_depth(self.model))
+            try:
+                peft_config.target_modules = block_ends(self.model, attention=grows_with_depth(self.model))
+            except ValueError as error:
+                raise ValueError(f"Please specify `target_modules` in `peft_config`: {error}") from error
         targets = check_named(self.model, peft_config)
         if targets and all(type(base_layer(target)).__name__ == "Conv1D" for target in targets):
             peft_config.fan_in_fan_out = True
         # No change of these modules needs a higher rank; only adapters put side by side have one.
+        if peft_config.grows and peft_config.r == 1 and any(linear_shape(module) is None for module in targets):
+            # No lesson will make it grow (see `check_linear`), so it is as large as LoRA's.
+            peft_config.r = peft_config.lora_alpha = LoraConfig.__dataclass_fields__["r"].default
+            peft_config.grows = False
         shapes = [linear_shape(module) for module in targets or self.model.modules()]
         self._highest_rank = max([_ANY_RANK, *(min(shape) for shape in shapes if shape is not None)])
         warn_of_another_base(self.model, peft_config)
@@ -123,7 +131,7 @@ class QFModel(LoraModel):
         if config.init_lora_weights is True and a.weight.device.type != "meta":
             b.weight.data.zero_()
             a.weight.data = begun(torch.zeros_like(a.weight), b.weight, current_key)
-        if not holds_floats(base):  # 8 bits: PEFT would leave the factors in float32
+        if not holds_floats(base) and hasattr(self.model, "get_input_embeddings"):  # 8 bits
             for part in (a, b):
                 part.to(self.model.get_input_embeddings().weight.dtype)
 
