@@ -17,8 +17,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..forward.blocks import base_layer, block_ends, block_of, linear_shape
-from ..forward.residual_stream import Writer, grows_with_depth
+from ..forward.blocks import base_layer, block_of, linear_shape
+from ..forward.residual_stream import Writer
 from ..solve.least_squares import LowRankDelta
 from .config import QFConfig
 from .factors import begun, padded
@@ -29,7 +29,7 @@ from .rounding import rounded_change
 from .serving import ServingLock, between_lessons, changing, hold, lock_of, release
 from .state import TaughtAdapter
 from .statistics_file import read_statistics
-from .target_modules import check_named
+from .target_modules import check_named, default_names
 from .versions import Version
 
 logger = logging.get_logger(__name__)
@@ -90,20 +90,15 @@ class QFModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: QFConfig, model_config: Any) -> QFConfig:
         if peft_config.target_modules is None:
-            if not hasattr(self.model, "config"):
-                raise ValueError("Please specify `target_modules` in `peft_config`: the model has no configuration")
-            try:
-                peft_config.target_modules = block_ends(self.model, attention=grows_with_depth(self.model))
-            except ValueError as error:
-                raise ValueError(f"Please specify `target_modules` in `peft_config`: {error}") from error
+            peft_config.target_modules = default_names(self.model)
         targets = check_named(self.model, peft_config)
         if targets and all(type(base_layer(target)).__name__ == "Conv1D" for target in targets):
             peft_config.fan_in_fan_out = True
-        # No change of these modules needs a higher rank; only adapters put side by side have one.
         if peft_config.grows and peft_config.r == 1 and any(linear_shape(module) is None for module in targets):
             # No lesson will make it grow (see `check_linear`), so it is as large as LoRA's.
             peft_config.r = peft_config.lora_alpha = LoraConfig.__dataclass_fields__["r"].default
             peft_config.grows = False
+        # No change of these modules needs a higher rank; only adapters put side by side have one.
         shapes = [linear_shape(module) for module in targets or self.model.modules()]
         self._highest_rank = max([_ANY_RANK, *(min(shape) for shape in shapes if shape is not None)])
         warn_of_another_base(self.model, peft_config)

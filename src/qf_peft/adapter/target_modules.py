@@ -6,9 +6,25 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ..forward.blocks import block_of, find_blocks, linear_shape, split_path
+from ..forward.blocks import block_ends, block_of, find_blocks, linear_shape, split_path
+from ..forward.residual_stream import grows_with_depth
 from .config import QFConfig
 from .loading import factored
+
+
+def default_names(model: nn.Module) -> set[str]:
+    """The modules to teach where none are named: attention's output projections where the stream grows with depth, else
+    what ends each block's MLP.
+
+    Raises:
+        ValueError: the model is no transformer that they could be found in.
+    """
+    try:
+        if not hasattr(model, "config"):
+            raise ValueError("the model has no configuration")
+        return block_ends(model, attention=grows_with_depth(model))
+    except ValueError as error:
+        raise ValueError(f"Please specify `target_modules` in `peft_config`: {error}") from error
 
 
 def check_named(model: nn.Module, config: QFConfig) -> list[nn.Module]:
