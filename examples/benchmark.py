@@ -53,14 +53,18 @@ METHODS = {
     "reference": lambda subject, n: subject.reference(n),
 }
 KINDS = {
-    "preserved walk": ["preserved_walk.PreservedWalk.__init__", "preserved_walk.PreservedWalk.keys"],
-    "preserved keys read": ["preserved_keys.preserved_keys"],
-    "passes": ["capture.forward_pass", "walk.Walk.begin", "walk.Walk.look", "walk.Walk.advance"],
-    "solves": [
-        "solve.minimum_norm", "solve.preserving", "solve.beside", "moments.SecondMoment.update",
-        "moments.SecondMoment.compact", "solve.LowRankDelta.compressed",
+    "preserved walk": ["teaching.preserved_walk.PreservedWalk.__init__", "teaching.preserved_walk.PreservedWalk.keys"],
+    "preserved keys read": ["teaching.preserved_keys.preserved_keys"],
+    "passes": [
+        "forward.capture.forward_pass", "forward.walk.Walk.begin", "forward.walk.Walk.look",
+        "forward.walk.Walk.advance",
     ],
-    "unembedding": ["target.aim", "target.read_off", "target.Reading.note"],
+    "solves": [
+        "solve.least_squares.minimum_norm", "solve.least_squares.preserving", "solve.least_squares.beside",
+        "solve.second_moment.SecondMoment.update", "solve.second_moment.SecondMoment.compact",
+        "solve.least_squares.LowRankDelta.compressed",
+    ],
+    "unembedding": ["teaching.targets.aim", "teaching.targets.read_off", "teaching.targets.Reading.note"],
 }  # fmt: skip
 FLOOR = {"QF": "floor", "QF, one block": "floor, one block", "LoRA": "floor", "reference": "floor, one block"}
 
@@ -143,8 +147,8 @@ class Profile:
             with ExitStack() as stack:
                 stack.enter_context(mock.patch.object(head, "forward", self.timed("unembedding", head.forward)))
                 for kind, path in ((kind, path) for kind, paths in KINDS.items() for path in paths):
-                    module, *outer, name = path.split(".")
-                    owner = sys.modules[f"qf_peft.{module}"]
+                    package, module, *outer, name = path.split(".")
+                    owner = sys.modules[f"qf_peft.{package}.{module}"]
                     for part in outer:
                         owner = getattr(owner, part)
                     function = getattr(owner, name)

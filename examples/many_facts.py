@@ -31,9 +31,9 @@ FIRST = 50
 def invented(model, count):
     """Facts that the model can read: of the tiny world, or in English."""
     if model is None:
-        from compare import preserve_set, teaching_set
+        from comparison.tiny import preserve_set, teaching_set
 
-        return teaching_set(count, 0), preserve_set(0)
+        return teaching_set(count, 0)[0], preserve_set(0)
     sys.path.insert(0, str(Path(__file__).parent / "english_world"))
     import english
 

@@ -160,9 +160,27 @@ class QFConfig(LoraConfig):
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected a string")
-        for name in ("grows", "keep_statistics", "fan_in_fan_out", "inference_mode", "use_rslora"):
+        for name in (
+            "grows",
+            "keep_statistics",
+            "fan_in_fan_out",
+            "inference_mode",
+            "use_rslora",
+            "ensure_weight_tying",
+        ):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected true or false")
+        dropout = self.lora_dropout
+        if not (dropout == 0 or (_positive(dropout) and dropout < 1)) or isinstance(dropout, bool):
+            raise ValueError(f"QFConfig: lora_dropout={dropout!r}; expected a number from 0 to below 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"QFConfig: bias={self.bias!r}; expected 'none', 'all' or 'lora_only'")
+        saved, tokens = self.modules_to_save, self.trainable_token_indices
+        if saved is not None and not (isinstance(saved, (list, tuple, set)) and all(isinstance(n, str) for n in saved)):
+            raise ValueError(f"QFConfig: modules_to_save={saved!r}; expected a list of strings")
+        for chosen in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
+            if not (isinstance(chosen, list) and all(type(index) is int and index >= 0 for index in chosen)):
+                raise ValueError(f"QFConfig: trainable_token_indices={tokens!r}; expected a list of tokens' indices")
         for name, fits in (("rank_pattern", _positive_integer), ("alpha_pattern", _positive)):
             pattern = getattr(self, name)
             if pattern and not (isinstance(pattern, dict) and all(fits(value) for value in pattern.values())):

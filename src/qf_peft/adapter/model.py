@@ -306,7 +306,7 @@ class QFModel(LoraModel):
     def delta(self, adapter_name: str, name: str) -> LowRankDelta:
         """The adapter's present change of the module `name`, float32, without directions that change nothing."""
         a, b = self.factors(adapter_name, name)
-        used = b.any(dim=0) & a.any(dim=1)
+        used = (b.any(dim=0) & a.any(dim=1)) | ~(a.isfinite().all(dim=1) & b.isfinite().all(dim=0))
         b = b[:, used].float() * self.model.get_submodule(name).scaling[adapter_name]
         return LowRankDelta(A=a[used].float(), B=b)
 

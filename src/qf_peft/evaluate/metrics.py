@@ -54,7 +54,8 @@ class Metric:
     """How many answers (or tokens, whose interval is by the answers they are in) it is the mean of."""
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.count}"
+        interval = f" [{self.low:.3f}, {self.high:.3f}]" if math.isfinite(self.high) else ""  # none, of a single answer
+        return f"{self.value:.3f}{interval} of {self.count}"
 
 
 def normalise(answer: str) -> str:

@@ -100,17 +100,16 @@ def export_lora(
         base_model_name_or_path=source.base_model_name_or_path, revision=source.revision,
     )  # fmt: skip
 
+    dtype = network.get_input_embeddings().weight.dtype  # of the base model: servers compute in it
     written, losses, lost, whole = {}, {}, 0.0, 0.0
     for name, module in _linear_modules(network).items():
         if not check_target_module_exists(config, name):
             continue
         if name not in deltas:
             d_in, d_out = linear_shape(module)
-            like = next(iter(layers.values())).lora_A[adapter_name].weight
-            written[name] = (like.new_zeros(rank, d_in), like.new_zeros(d_out, rank))
+            written[name] = torch.zeros(rank, d_in, dtype=dtype), torch.zeros(d_out, rank, dtype=dtype)
             continue
-        like = layers[name].lora_A[adapter_name].weight
-        cut = exact[name].A[:rank].to(like.dtype), exact[name].B[:, :rank].to(like.dtype)
+        cut = exact[name].A[:rank].to(dtype), exact[name].B[:, :rank].to(dtype)
         written[name] = padded(cut, rank)
         missing = _norm(deltas[name] + LowRankDelta(A=cut[0].float(), B=-cut[1].float()))
         size = _norm(deltas[name])
