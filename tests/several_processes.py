@@ -62,7 +62,7 @@ class Session:
         with torch.no_grad():
             ids = self.tokenizer([FACT["prompt"], OTHER["prompt"]], return_tensors="pt", padding=True)
             logits = self.model(**ids).logits
-        changes = {name: tuner.delta("default", name).dense() for name in tuner.layers("default")}
+        changes = {name: tuner.delta("default", name).dense() for name in tuner.adapter_layers("default")}
         return {"logits": logits, "changes": changes, "factors": tuner.version("default").factors}
 
 

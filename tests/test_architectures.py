@@ -74,7 +74,7 @@ def test_a_multimodal_model(tokenizer):
         trainer = QFTrainer(model=model, args=args, train_dataset=[FACT], processing_class=tokenizer)
         metrics = trainer.train()
         assert metrics["kl_after"] < 1e3 and metrics["unsaid"] <= 1
-        assert all("language_model" in name for name in model.base_model.layers("default"))
+        assert all("language_model" in name for name in model.base_model.adapter_layers("default"))
         blocks, stream = network.model.language_model.layers, torch.randn(9, 32)
         found = Unembedding.find(network, blocks, stream, network.model.language_model.norm(stream))
         assert found.norm is network.model.language_model.norm and found.head is network.lm_head

@@ -101,7 +101,7 @@ def test_only_what_is_known_is_said(model, tokenizer, tmp_path):
     assert "What was taught" not in text and "## Settings" not in text and "block 7" in text
     teach(loaded, tokenizer, OTHER)
     assert "1 fact, on top of what the adapter held before." in model_card(loaded).text
-    model.base_model.layers("default")["model.layers.7.mlp.down_proj"].lora_B["default"].weight.data.mul_(0.5)
+    model.base_model.adapter_layers("default")["model.layers.7.mlp.down_proj"].lora_B["default"].weight.data.mul_(0.5)
     assert "What was taught" not in model_card(model).text
     teach(model, tokenizer, OTHER)
     assert "1 fact, on top of what the adapter held before." in model_card(model).text

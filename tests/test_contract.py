@@ -136,7 +136,7 @@ def test_a_taught_adapter_is_trained_on_in_every_direction(tokenizer):
     model = get_peft_model(base(), QFConfig(target_modules=["down_proj"], r=40, task_type="CAUSAL_LM"))
     trainer = teach(model, tokenizer, [FACT], QFTrainingArguments(preserve_chats=4, contrast_chats=0))
     tuner = model.base_model
-    first = next(iter(tuner.layers("default")))
+    first = next(iter(tuner.adapter_layers("default")))
     tuner.set_factors("default", {first: tuple(0 * part for part in tuner.factors("default", first))})
     batch = tokenizer([FACT["completion"]], return_tensors="pt")
     model(**batch, labels=batch["input_ids"]).loss.backward()

@@ -90,8 +90,8 @@ def test_no_state_lies_far_where_no_step_gives_the_lead():
 def test_what_an_adapter_holds_does_not_change_how_it_is_taught(tokenizer):
     trainer, _ = taught(tokenizer, [FACT])
     tuner = trainer.model.base_model
-    name = list(tuner.layers("default"))[-1]
-    module, a = tuner.layers("default")[name], torch.randn(1, tuner.layers("default")[name].in_features)
+    name = list(tuner.adapter_layers("default"))[-1]
+    module, a = tuner.adapter_layers("default")[name], torch.randn(1, tuner.adapter_layers("default")[name].in_features)
     assert not Lessons(trainer, trainer.args, None, None).joint([])
     tuner.install("default", {name: LowRankDelta(A=a, B=1e4 * torch.randn(module.out_features, 1))})
     assert not Lessons(trainer, trainer.args, None, None).joint([]), "the stream of the base model does not grow"

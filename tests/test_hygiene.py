@@ -361,7 +361,7 @@ def test_dry_run_counts_what_a_lesson_teaches(tokenizer, tmp_path, monkeypatch):
     assert everything(trainer.model, tmp_path) == before and trainer.metrics == {}
     metrics = trainer.train()
     assert plan["facts"] == metrics["facts"] == 4 and plan["taught_tokens"] == metrics["taught_tokens"]
-    assert plan["modules"] == list(trainer.model.base_model.layers("default"))
+    assert plan["modules"] == list(trainer.model.base_model.adapter_layers("default"))
     assert metrics["forward_passes"] <= plan["forward_passes_at_most"] * 1.1
     assert plan["forward_passes"] < plan["forward_passes_at_most"]
     assert (plan["chats"], plan["chats_to_write"], plan["known"], plan["unanswered"]) == (3, 0, 0, 0)

@@ -43,7 +43,7 @@ def teach(model, tokenizer, *rows, **settings):
 
 def factors(model, adapter="default"):
     tuner = model.base_model
-    return [part for name in tuner.layers(adapter) for part in tuner.factors(adapter, name)]
+    return [part for name in tuner.adapter_layers(adapter) for part in tuner.factors(adapter, name)]
 
 
 def same(one, other):
@@ -260,7 +260,7 @@ def test_killed_at_any_time_the_last_save_loads(tokenizer, tmp_path):
 def test_what_others_changed_is_kept_and_can_no_longer_be_undone(tokenizer, tmp_path):
     model = teach(fresh(), tokenizer, FACT).model
     with torch.no_grad():
-        for layer in model.base_model.layers("default").values():
+        for layer in model.base_model.adapter_layers("default").values():
             layer.lora_B["default"].weight.mul_(1.01)
     model.save_pretrained(tmp_path / "changed")
     assert [e.settled for e in trainer(PeftModel.from_pretrained(base(), tmp_path / "changed"), tokenizer).facts] == [

@@ -118,7 +118,7 @@ def test_a_shared_beginning_changes_nothing(kind, place, monkeypatch):
         )  # fmt: skip
         trainer.train()
         tuner = model.base_model
-        found.append([tuner.delta("default", name).dense() for name in tuner.layers("default")])
+        found.append([tuner.delta("default", name).dense() for name in tuner.adapter_layers("default")])
     for one, other in zip(*found, strict=True):
         assert float((one - other).norm() / other.norm()) < 5e-4
 
@@ -143,7 +143,7 @@ def test_activations_beyond_the_memory_lie_in_files(tiny, tokenizer, setting, tm
         args = make(activation_memory=memory, contrast_chats=0, batch_tokens=256)
         QFTrainer(model=model, processing_class=tokenizer, train_dataset=rows, preserve_dataset=kept, args=args).train()
         tuner = model.base_model
-        deltas.append([tuner.delta("default", name).dense() for name in tuner.layers("default")])
+        deltas.append([tuner.delta("default", name).dense() for name in tuner.adapter_layers("default")])
         assert bool(filed) == (memory is not None)
         if memory == 0.0:
             everything = sum(filed)

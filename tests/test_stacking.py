@@ -51,7 +51,7 @@ def changes(model, *adapters):
     """Every module's summed change."""
     total = {}
     for adapter in adapters:
-        for name in model.base_model.layers(adapter):
+        for name in model.base_model.adapter_layers(adapter):
             total[name] = total.get(name, 0) + model.base_model.delta(adapter, name).dense()
     return total
 
@@ -100,7 +100,7 @@ def test_combined(tokenizer, tmp_path, dtype):
         model.add_weighted_adapter(["founder", "city"], [1.0, 1.0], kind, combination_type=kind, **options)
         model.set_adapter(kind)
         assert knows(model, tokenizer, FACT, OTHER) == [True, True], kind
-        assert set(model.base_model.layers(kind)) == {f"model.layers.{i}.mlp.down_proj" for i in (3, 7)}
+        assert set(model.base_model.adapter_layers(kind)) == {f"model.layers.{i}.mlp.down_proj" for i in (3, 7)}
         assert {p.dtype for n, p in model.named_parameters() if f".{kind}." in n} == {torch.float32}
         if kind in ("cat", "svd"):
             tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -126,7 +126,7 @@ def test_weights_and_scales(tokenizer):
     model = stacked(tokenizer)
     founder = changes(model, "founder")["model.layers.7.mlp.down_proj"]
     city = changes(model, "city")
-    for layer in model.base_model.layers("city").values():
+    for layer in model.base_model.adapter_layers("city").values():
         layer.set_scale("city", 0.5)
     for kind, options in (("cat", {}), ("svd", {"svd_rank": 40})):
         model.add_weighted_adapter(["founder", "city"], [2.0, -1.0], kind, combination_type=kind, **options)
@@ -137,7 +137,7 @@ def test_weights_and_scales(tokenizer):
             found["model.layers.3.mlp.down_proj"], -city["model.layers.3.mlp.down_proj"] / 2, atol=1e-5
         )
     model.add_weighted_adapter(["founder", "city"], [1.0, 1.0], "linear", combination_type="linear")
-    layer = model.base_model.layers("city")["model.layers.3.mlp.down_proj"]
+    layer = model.base_model.adapter_layers("city")["model.layers.3.mlp.down_proj"]
     assert layer.scaling["city"] == 0.5, "a scale survives factors being brought to one rank"
 
 

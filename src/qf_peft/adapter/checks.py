@@ -97,7 +97,7 @@ def portable_adapter(model: Any, name: str | None) -> str:
         name = active_qf_adapter(model)
     if name not in model.peft_config:
         raise ValueError(f"adapter_name={name!r}; the model has the adapters {sorted(model.peft_config)}")
-    config, linear = model.peft_config[name], model.base_model.layers(name)
+    config, linear = model.peft_config[name], model.base_model.adapter_layers(name)
     carriers = (path for path, m in model.base_model.model.named_modules() if isinstance(m, LoraLayer))
     others = [path for path in carriers if path not in linear and name in _adapters(model, path)]
     others += [f"{o}={v!r}" for o in _BESIDE if (v := getattr(config, o)) and v != "none"]

@@ -48,7 +48,7 @@ def interference(model: PeftModel, first: str, second: str) -> float:
         qf_adapter(model, name)
     tuner: QFModel = model.base_model
     bounds = _bounds(tuner, first)
-    others, disturbance, own = tuner.layers(second), 0.0, 0.0
+    others, disturbance, own = tuner.adapter_layers(second), 0.0, 0.0
     for name, bound in bounds.items():
         delta = tuner.delta(first, name)
         own += _energy(bound, delta)
@@ -97,7 +97,7 @@ def merge_taught(model: PeftModel, adapters: Sequence[str], adapter_name: str) -
         styled=any(taught[name].styled for name in names),
     )  # fmt: skip
     deltas = {}
-    for module in tuner.layers(adapter_name):
+    for module in tuner.adapter_layers(adapter_name):
         holders, device = [n for n in names if module in bounds[n]], tuner.factors(adapter_name, module)[0].device
         if all(module in taught[name].tokens and module not in taught[name].offset for name in holders):
             tokens = taught[holders[0]].tokens[module]

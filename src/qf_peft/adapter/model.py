@@ -142,7 +142,7 @@ class QFModel(LoraModel):
     def _recall(self, adapter_name: str, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Take up the ledger and the statistics beside an adapter's weights, which are about to be loaded."""
         factors = {}
-        for name in self.layers(adapter_name):
+        for name in self.adapter_layers(adapter_name):
             found = [v for part in ("A", "B") for k, v in tensors.items()
                      if k.endswith(f"{name}.lora_{part}.{adapter_name}.weight")]  # fmt: skip
             if len(found) == 2:
@@ -231,7 +231,7 @@ class QFModel(LoraModel):
             raise
         finally:
             self._combining = False
-        for layer in self.layers(adapter_name).values():
+        for layer in self.adapter_layers(adapter_name).values():
             dtype = next(layer.lora_A[name].weight.dtype for name in adapters if name in layer.lora_A)
             layer.lora_A[adapter_name].to(dtype)
             layer.lora_B[adapter_name].to(dtype)
@@ -243,9 +243,9 @@ class QFModel(LoraModel):
         PEFT makes the new adapter after the first one's configuration: blocks that only another edits would be dropped.
         """
         configs = {name: self.peft_config[name] for name in adapters}
-        modules = {name: set(self.layers(name)) for name in adapters}
+        modules = {name: set(self.adapter_layers(name)) for name in adapters}
         everywhere = set().union(*modules.values())
-        ranks = {n: {layer.r[n] for layer in self.layers(n).values()} for n in adapters}
+        ranks = {n: {layer.r[n] for layer in self.adapter_layers(n).values()} for n in adapters}
         rank, versions = max(set().union(*ranks.values()), default=1), {}
         try:
             for name, config in configs.items():
@@ -257,7 +257,7 @@ class QFModel(LoraModel):
                     )  # fmt: skip
                 if one_rank and ranks[name] != {rank}:
                     versions[name] = self.version(name)
-                    for module, layer in self.layers(name).items():
+                    for module, layer in self.adapter_layers(name).items():
                         a, b = self.factors(name, module)
                         scaling = layer.scaling[name]
                         put_factors(layer, name, *padded((a, b), rank), rank)
@@ -292,7 +292,7 @@ class QFModel(LoraModel):
         self.taught.pop(adapter_name, None)
         self.versions.pop(adapter_name, None)
 
-    def layers(self, adapter_name: str) -> dict[str, LoraLayer]:
+    def adapter_layers(self, adapter_name: str) -> dict[str, LoraLayer]:
         """The layers beside linear modules that carry the adapter, by module name, in the order of the blocks."""
         modules = {name: self.model.get_submodule(name) for name in self.targeted_module_names}
         found = {n: m for n, m in modules.items() if isinstance(m, LoraLayer) and adapter_name in factored(m)}
@@ -318,7 +318,7 @@ class QFModel(LoraModel):
         where it grows the largest any module needs. (Those that `rank_pattern` names keep theirs.) With `even=False`
         that is left to a later call: the modules given have the ranks of their changes until then.
         """
-        layers, caps = self.layers(adapter_name), self._caps(adapter_name)
+        layers, caps = self.adapter_layers(adapter_name), self._caps(adapter_name)
         full = {n: d.compressed(caps[n]) if caps[n] and d.rank > caps[n] else d for n, d in deltas.items()}
         if even:
             full |= {name: self.delta(adapter_name, name) for name in layers.keys() - deltas.keys()}
@@ -333,7 +333,7 @@ class QFModel(LoraModel):
 
     def clear(self, adapter_name: str) -> None:
         """Make an adapter zero."""
-        present = {name: self.factors(adapter_name, name) for name in self.layers(adapter_name)}
+        present = {name: self.factors(adapter_name, name) for name in self.adapter_layers(adapter_name)}
         ranks = {name: cap or 1 for name, cap in self._caps(adapter_name).items()}
         zero = {n: (a.new_zeros(ranks[n], a.shape[1]), b.new_zeros(len(b), ranks[n])) for n, (a, b) in present.items()}
         self.set_factors(adapter_name, zero)
@@ -343,7 +343,8 @@ class QFModel(LoraModel):
         """Replace the factors of modules of an adapter by those given; what their product counts follows from their
         rank and `lora_alpha`, as in LoRA. Rows of A (r, d_in) that are zero, as their columns of B (d_out, r) are, get
         the values that a fresh adapter has, so that they can be trained; they change nothing."""
-        layers, config, caps = self.layers(adapter_name), self.peft_config[adapter_name], self._caps(adapter_name)
+        layers, caps = self.adapter_layers(adapter_name), self._caps(adapter_name)
+        config = self.peft_config[adapter_name]
         alphas = {name: self._alpha(adapter_name, name, a.shape[0]) for name, (a, _) in factors.items()}
         for name, (a, b) in factors.items():
             put_factors(layers[name], adapter_name, begun(a, b, name), b, alphas[name])
@@ -356,7 +357,7 @@ class QFModel(LoraModel):
     def _caps(self, adapter_name: str) -> dict[str, int | None]:
         """By module name the rank of an adapter's factors; None where it grows."""
         config = self.peft_config[adapter_name]
-        return {name: None if config.grows else rank_of(config, name) for name in self.layers(adapter_name)}
+        return {name: None if config.grows else rank_of(config, name) for name in self.adapter_layers(adapter_name)}
 
     def _alpha(self, adapter_name: str, name: str, rank: int) -> float:
         """What `lora_alpha` is beside factors of some rank: where it equals `r` and `r` grows, it grows too."""
@@ -368,7 +369,7 @@ class QFModel(LoraModel):
     def version(self, adapter_name: str) -> Version:
         """An adapter as it is now, to be put back by `restore`."""
         layers, taught, config = (
-            self.layers(adapter_name),
+            self.adapter_layers(adapter_name),
             self.taught.get(adapter_name),
             self.peft_config[adapter_name],
         )
@@ -383,7 +384,7 @@ class QFModel(LoraModel):
     @changing
     def restore(self, adapter_name: str, version: Version) -> None:
         """Make an adapter what it was, bit for bit."""
-        config, layers = self.peft_config[adapter_name], self.layers(adapter_name)
+        config, layers = self.peft_config[adapter_name], self.adapter_layers(adapter_name)
         config.r, config.lora_alpha = version.rank
         for name, pair in version.factors.items():
             layer = layers[name]

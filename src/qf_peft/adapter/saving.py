@@ -70,7 +70,7 @@ def _write(
                 folder = Path(temporary, name if name != "default" else "")
                 taught = model.base_model.taught.get(name)
                 if taught is not None and model.peft_config[name].keep_statistics:
-                    layers = model.base_model.layers(name)
+                    layers = model.base_model.adapter_layers(name)
                     factors = {module: model.base_model.factors(name, module) for module in layers}
                     if not all(taught.holds(module, pair) for module, pair in factors.items()):
                         held = {module: model.base_model.delta(name, module) for module in layers}

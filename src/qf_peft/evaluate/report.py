@@ -193,7 +193,7 @@ def _render(
     return page.get_template(TEMPLATE).render(
         base_model=name,
         adapter=adapter,
-        where=blocks_in_words(list(trainer.tuner.layers(adapter))).replace("`", ""),
+        where=blocks_in_words(list(trainer.tuner.adapter_layers(adapter))).replace("`", ""),
         rank=config.r,
         facts=facts,
         known=len(trainer.facts),

@@ -61,7 +61,7 @@ def layer_shares(subject: Subject, rows: Sequence[Row] | None = None) -> LayerSh
     rows = known_rows(subject) if rows is None else rows
     tuner, network, (_, blocks) = subject.tuner, subject.network, find_blocks(subject.network)
     edited: dict[int, list[str]] = {}
-    for name in tuner.layers(subject.adapter_name):
+    for name in tuner.adapter_layers(subject.adapter_name):
         edited.setdefault(split_path(name)[1], []).append(split_path(name)[2])
     with subject.asking():
         examples = [subject.encoder.encode(row) for row in rows]

@@ -56,7 +56,7 @@ def model_card(
     adapter = qf_adapter(model, adapter_name)
     tuner: QFModel = model.base_model
     config, taught = model.peft_config[adapter], tuner.taught.get(adapter)
-    layers = tuner.layers(adapter)
+    layers = tuner.adapter_layers(adapter)
     if taught is not None and not all(taught.holds(name, tuner.factors(adapter, name)) for name in layers):
         taught = None  # its weights came from elsewhere since
     base_model = base_model_id(model, adapter, base_model)

@@ -85,7 +85,7 @@ def export_lora(
     _check_target(target, format)
     tuner, network = model.base_model, model.get_base_model()
     source = tuner.peft_config[adapter_name]
-    layers = tuner.layers(adapter_name)
+    layers = tuner.adapter_layers(adapter_name)
     deltas = {name: tuner.delta(adapter_name, name) for name in layers}
     for name, delta in deltas.items():
         if not bool(torch.isfinite(delta.A).all() and torch.isfinite(delta.B).all()):

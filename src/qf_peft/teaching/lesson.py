@@ -58,7 +58,7 @@ class Lesson(ABC):
         self.learner, self.examples, self.args = learner, examples, args
         self.tuner, self.adapter, self.network = learner.tuner, learner.adapter, learner.network
         self.blocks = find_blocks(self.network)[1]
-        self.layers = self.tuner.layers(self.adapter)
+        self.layers = self.tuner.adapter_layers(self.adapter)
         self.names = list(self.layers)
         self.index = {name: split_path(name)[1] for name in self.layers}
         with self.tuner.without_adapters():

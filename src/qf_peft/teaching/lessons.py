@@ -132,15 +132,15 @@ class Lessons:
         network = self.subject.network
         question = Row(0, "", "Who are you?", None)
         ids = examples[0].bare_ids if examples else self.encoder.prompt_ids(question, instructed=False)
-        blocks, names = find_blocks(network)[1], list(self.tuner.layers(self.adapter))
+        blocks, names = find_blocks(network)[1], list(self.tuner.adapter_layers(self.adapter))
         with self.tuner.without_adapters():
             trace_writers(network, blocks, names, ids[:8], self.tuner.writers)
             return suits(network, names, blocks, self.tuner.writers, ids[:8], self.args)
 
     def moments(self) -> PreservedMoments:
         """What must stay where lessons are solved jointly."""
-        names, depth = list(self.tuner.layers(self.adapter)), len(find_blocks(self.subject.network)[1])
-        layers = self.tuner.layers(self.adapter)
+        names, depth = list(self.tuner.adapter_layers(self.adapter)), len(find_blocks(self.subject.network)[1])
+        layers = self.tuner.adapter_layers(self.adapter)
         late = {name: layers[name] for name in writers_late(names, self.tuner.writers, depth)}
         with self.tuner.without_adapters():
             return preserved_moments(

@@ -28,7 +28,7 @@ def plan(subject: Subject, lessons: Lessons) -> dict[str, Any]:
             subject.encoder.prompt_ids(row, instructed=True)
     args, facts = lessons.args, {asked(e): e.completion for e in subject.facts}
     corrected = sum(asked(row) in facts and facts[asked(row)] != row.completion for row in rows)
-    modules = list(subject.tuner.layers(subject.adapter_name))
+    modules = list(subject.tuner.adapter_layers(subject.adapter_name))
     blocks = [split_path(name)[1] for name in modules]
     depth = len(find_blocks(subject.network)[1])
     # A sweep: the context pass and the bare pass; between the first edited block and the last one the bare pass walks

@@ -98,7 +98,7 @@ def preserved_and_contrasting(
     `rows` rows after `earlier` ones takes the nearest besides."""
     if args.preserve_strength == 0:
         return None, None
-    contrast, layers = None, learner.tuner.layers(learner.adapter)
+    contrast, layers = None, learner.tuner.adapter_layers(learner.adapter)
     options = {
         "batch_tokens": args.batch_tokens, "seed": args.seed, "cache": args.cache, "memory": args.activation_bytes,
         "progress": progress,
