@@ -184,8 +184,8 @@ class QFModel(LoraModel):
             return sign * rounded_change(weight, delta)
 
         self._unpack()
-        layers = [module for module in self.model.modules() if type(module) is Linear]  # no quantised ones
-        layers = [layer for layer in layers if layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16)]
+        sixteen, plain = (torch.bfloat16, torch.float16), [m for m in self.model.modules() if type(m) is Linear]
+        layers = [layer for layer in plain if layer.get_base_layer().weight.dtype in sixteen]  # no quantised ones
         for layer in layers:
             layer.get_delta_weight = partial(kept, layer)
         try:
@@ -368,11 +368,8 @@ class QFModel(LoraModel):
 
     def version(self, adapter_name: str) -> Version:
         """An adapter as it is now, to be put back by `restore`."""
-        layers, taught, config = (
-            self.adapter_layers(adapter_name),
-            self.taught.get(adapter_name),
-            self.peft_config[adapter_name],
-        )
+        layers, taught = self.adapter_layers(adapter_name), self.taught.get(adapter_name)
+        config = self.peft_config[adapter_name]
         known, factors = taught.installed if taught is not None else {}, {}
         for name in layers:
             factors[name] = tuple(part.cpu() for part in self.factors(adapter_name, name))
@@ -386,10 +383,10 @@ class QFModel(LoraModel):
         """Make an adapter what it was, bit for bit."""
         config, layers = self.peft_config[adapter_name], self.adapter_layers(adapter_name)
         config.r, config.lora_alpha = version.rank
-        for name, pair in version.factors.items():
+        for name, (a, b) in version.factors.items():
             layer = layers[name]
-            places = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-            pair = [part.to(at, copy=True) for part, at in zip(pair, places, strict=True)]
+            at = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            pair = a.to(at[0], copy=True), b.to(at[1], copy=True)
             put_factors(layer, adapter_name, *pair, self._alpha(adapter_name, name, len(pair[0])))
             layer.scaling[adapter_name] = version.scaling[name]
         self.taught.pop(adapter_name, None)
