@@ -64,7 +64,7 @@ class Retrieval(InContext):
         except ImportError as error:
             raise Unfit('retrieval needs bm25s: pip install ".[examples]"') from error
         super().__init__(bench, preserved, brief=brief)
-        self.library, self.top, self.index = bm25s, top, None
+        self.bm25, self.top, self.index = bm25s, top, None
 
     def learn(self, rows: Rows) -> None:
         self.rows = [*self.rows, *rows]
@@ -78,11 +78,11 @@ class Retrieval(InContext):
         """Index all facts anew; there is no index of facts without words to search by."""
         self.index, words = None, self._words(self.facts()) if self.rows else None
         if words is not None and any(words.ids):
-            self.index = self.library.BM25()
+            self.index = self.bm25.BM25()
             self.index.index(words, show_progress=False)
 
     def _words(self, texts: Sequence[str]) -> Any:
-        return self.library.tokenize(list(texts), stopwords="en", show_progress=False)
+        return self.bm25.tokenize(list(texts), stopwords="en", show_progress=False)
 
     def told(self, prompts: Sequence[str]) -> list[str | None]:
         if self.index is None or not prompts:
