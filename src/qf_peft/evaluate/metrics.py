@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.rows import Encoder, Row
-from ..forward.capture import Point, forward_pass
+from ..forward.capture import forward_pass
 from ..forward.generation import generate
-from ..forward.unembedding import divergence
+from ..forward.unembedding import diverged, head_inputs
 
 # By name in `QFTrainer.evaluate`'s result: what it says, and for a result of the adapter itself (not of the base model)
 # the set it was measured on, the set's name, and the metric's kind.
@@ -143,29 +143,23 @@ class Evaluator:
         answers = self.answers(rows, instructed)
         return proportion([a == normalise(r.completion or "") for a, r in zip(answers, rows, strict=True)])
 
-    @torch.no_grad()
     def head_inputs(self, rows: Sequence[Row]) -> Tensor:
         """What the unembedding reads at the steps that predict the rows' completions: (n, d)."""
-        pairs = [self.encoder.answer_ids(row, True) for row in rows]
-        head = Point(self.network.get_output_embeddings(), "input")
-        return forward_pass(
-            self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {"head": head},
-            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
-        )["head"]  # fmt: skip
+        return head_inputs(self.network, *self._answered(rows), **self._options)
 
-    @torch.no_grad()
     def divergence(self, rows: Sequence[Row], base: Tensor) -> Metric:
         """Mean KL in nats from the predictions that `base` gives (another model's head inputs, n × d) to this one's."""
+        sequences, kept = self._answered(rows)
+        return mean(diverged(self.network, sequences, kept, base, **self._options), kept)
+
+    def _answered(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[int]]:
+        """The rows' token ids, and how many of each are of the completion."""
         pairs = [self.encoder.answer_ids(row, True) for row in rows]
+        return [ids for ids, _ in pairs], [n for _, n in pairs]
 
-        def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
-            return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
-
-        found = forward_pass(
-            self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, head_inputs=base, on_logits=compare,
-            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
-        )  # fmt: skip
-        return mean(found["kl"], [n for _, n in pairs])
+    @property
+    def _options(self) -> dict[str, int]:
+        return {"batch_tokens": self.batch_tokens, "pad_id": self.encoder.tokenizer.pad_token_id}
 
     @torch.no_grad()
     def perplexity(self, texts: Iterable[str]) -> float:
@@ -179,7 +173,7 @@ class Evaluator:
 
         found = forward_pass(
             self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, on_logits=score,
-            batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
+            **self._options,
         )  # fmt: skip
         return float(found["loss"].cpu().double().mean().exp())
 
@@ -233,6 +227,11 @@ def paraphrase_rows(rows: Sequence[Row], dataset: Iterable[Any]) -> list[Row]:
         for prompt in raw.get("paraphrases") or []:
             paraphrased.append(Row(row.index, row.instruction, prompt, row.completion))
     return paraphrased
+
+
+def kept_rows(**prompts: Iterable[Any] | None) -> dict[str, list[Row]]:
+    """By name the rows of questions whose answers shall stay, as [`prompt_rows`] makes them, where any are given."""
+    return {name: prompt_rows(given, name) for name, given in prompts.items() if given is not None}
 
 
 def prompt_rows(prompts: Iterable[Any], name: str) -> list[Row]:

@@ -21,7 +21,7 @@ from ..data.ledger import asked
 from ..data.rows import Row, Text
 from ..data.writing import saving_to
 from .known import known_rows
-from .metrics import RESULTS, Evaluator, Metric, measure, normalise, paraphrase_rows, prompt_rows
+from .metrics import RESULTS, Evaluator, Metric, kept_rows, measure, normalise, paraphrase_rows
 from .retention import Retention, retention
 from .shares import layer_shares
 from .subject import Subject
@@ -107,7 +107,7 @@ def write_report(
     if not path.parent.is_dir():
         raise ValueError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
     lists = {name: list(asks) for name, asks in (("locality", locality), ("unknown", unknown)) if asks is not None}
-    kept = {name: prompt_rows(asks, name) for name, asks in lists.items()}
+    kept = kept_rows(**lists)
     texts = [text] if isinstance(text, str) else list(text) if text is not None else []
     with trainer.tuner.serving.changing():  # of one time, and no other thread meets the model without its adapter
         page = _measured(trainer, lists, kept, texts, strengths)

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..data.rows import Row
-from ..forward.capture import Point, forward_pass
-from ..forward.unembedding import divergence
+from ..forward.unembedding import diverged, head_inputs
 from .coloured import Token, ansi, html
 from .known import known_rows
 from .subject import Subject
@@ -74,14 +72,10 @@ def token_divergences(subject: Subject, rows: Sequence[Row] | None = None) -> li
         kept, bare = [e.taught for e in examples], [e.bare_ids for e in examples]
         network, options = subject.network, subject.pass_options
 
-        def compare(order: Tensor, now: Tensor, told: Tensor) -> dict[str, Tensor]:
-            return {"kl": divergence(told.log_softmax(-1), now.log_softmax(-1)).cpu()}
-
         with subject.tuner.without_adapters():
-            head = {"head": Point(network.get_output_embeddings(), "input")}
-            told = forward_pass(network, [e.context_ids for e in examples], kept, head, **options)["head"]
-            before = forward_pass(network, bare, kept, {}, head_inputs=told, on_logits=compare, **options)["kl"]
-        after = forward_pass(network, bare, kept, {}, head_inputs=told, on_logits=compare, **options)["kl"]
+            told = head_inputs(network, [e.context_ids for e in examples], kept, **options)
+            before = diverged(network, bare, kept, told, **options)
+        after = diverged(network, bare, kept, told, **options)
     found = []
     for row, example, old, new in zip(rows, examples, before.split(kept), after.split(kept), strict=True):
         texts = _pieces(subject.encoder.tokenizer, example.targets)

@@ -24,9 +24,8 @@ from .walk import passed_through
 
 logger = logging.get_logger(__name__)
 
-_GROWN = (
-    4.0  # of the stream's norm, first block to last (SmolLM2 14; models with random weights, and tiny ones, 1 to 3)
-)
+# Of the stream's norm, first block to last (SmolLM2 14; models with random weights, and tiny ones, 1 to 3).
+_GROWN = 4.0
 
 
 @dataclass(frozen=True)

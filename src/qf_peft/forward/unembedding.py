@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .capture import Point, forward_pass
 from .residual_stream import is_rms, norm_gain
 
 CANDIDATES = 32  # tokens, the first of either end, that are followed on the way between two states
@@ -128,3 +130,23 @@ def lead(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) of log-probabilities (n, vocabulary), in nats: (n)."""
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+
+
+@torch.no_grad()
+def head_inputs(network: nn.Module, sequences: Sequence[list[int]], kept: Sequence[int], **options: Any) -> Tensor:
+    """What the unembedding reads at each sequence's last `kept` positions: (n, d)."""
+    return forward_pass(network, sequences, kept, {"head": Point(network.get_output_embeddings(), "input")}, **options)[
+        "head"
+    ]
+
+
+@torch.no_grad()
+def diverged(
+    network: nn.Module, sequences: Sequence[list[int]], kept: Sequence[int], head: Tensor, **options: Any
+) -> Tensor:
+    """KL in nats from the predictions that `head` gave (see [`head_inputs`]) to the model's present ones: (n)."""
+
+    def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
+        return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
+
+    return forward_pass(network, sequences, kept, {}, head_inputs=head, on_logits=compare, **options)["kl"]

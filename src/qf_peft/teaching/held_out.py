@@ -5,13 +5,10 @@ Both are halted before the first taught block, so that a look costs only the blo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..forward.capture import Point, forward_pass
+from ..forward.capture import Point
 from ..forward.unembedding import Unembedding, chunks, divergence
 from ..forward.walk import Walk
 from ..runtime.processes import dealt, join
@@ -43,26 +40,6 @@ class HeldOutChats:
             kl[part] = divergence(then, self.unembedding.predictions(self.unembedding.logits(now))).cpu()
         join({"kl": kl}, [torch.arange(len(kl))[part] for part in parts])
         return kl
-
-
-@torch.no_grad()
-def head_inputs(network: nn.Module, sequences: Sequence[list[int]], answers: Sequence[int], **options: Any) -> Tensor:
-    """What the unembedding reads at chats' answer positions: (n, d)."""
-    return forward_pass(
-        network, sequences, answers, {"head": Point(network.get_output_embeddings(), "input")}, **options
-    )["head"]
-
-
-@torch.no_grad()
-def diverged(
-    network: nn.Module, sequences: Sequence[list[int]], answers: Sequence[int], head: Tensor, **options: Any
-) -> Tensor:
-    """KL in nats from the predictions that `head` gave (see [`head_inputs`]) to the model's present ones: (n)."""
-
-    def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
-        return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
-
-    return forward_pass(network, sequences, answers, {}, head_inputs=head, on_logits=compare, **options)["kl"]
 
 
 class Strays:

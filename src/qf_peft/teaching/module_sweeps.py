@@ -10,9 +10,9 @@ from dataclasses import replace
 from ..data.ledger import asked
 from ..data.rows import Row
 from ..evaluate.subject import Subject
+from ..forward.unembedding import diverged, head_inputs
 from .arguments import QFTrainingArguments
 from .constants import BUDGET_USED, STRENGTH_RAISED, STRENGTH_TRIES
-from .held_out import diverged, head_inputs
 from .lesson import Learner
 from .module_lesson import ModuleLesson
 from .preserved_keys import Preserved
@@ -81,12 +81,11 @@ class ModuleSweeps:
         for left in reversed(range(STRENGTH_TRIES)):
             found = self._swept(rows, replace(args, preserve_strength=strength), standing=False)
             kl = diverged(network, kept.held_out, kept.answers, head, **options)
-            state = strength, found, kl, tuner.version(adapter)
             passes += found[0]["forward_passes"]
             if kl.mean() > allowed:
                 harmful = strength
             else:
-                fitting = state
+                fitting = strength, found, kl, tuner.version(adapter)
                 if harmful is None or kl.mean() >= BUDGET_USED * allowed:
                     break
             if not left:
@@ -96,8 +95,10 @@ class ModuleSweeps:
             else:
                 strength *= min(max(float(kl.mean()) / allowed, STRENGTH_RAISED[0]), STRENGTH_RAISED[1])
             tuner.restore(adapter, before)
-        strength, (metrics, unread, missed), kl, version = fitting or state
-        tuner.restore(adapter, version)
+        if fitting is not None:
+            strength, found, kl, version = fitting
+            tuner.restore(adapter, version)
+        metrics, unread, missed = found
         worst = max(part.mean() for part in kl.split(list(kept.answers)))
         tuner.taught[adapter] = replace(tuner.taught[adapter], settings=self.subject.args.to_dict())
         metrics.update(kl_preserved=float(kl.mean()), kl_preserved_worst=float(worst), strength=strength)

@@ -21,7 +21,7 @@ from ..adapter.target_modules import check_linear
 from ..adapter.versions import kept as kept_versions
 from ..data.ledger import Entry, asked, check_consistent
 from ..data.rows import Encoder, Row, read_rows
-from ..evaluate.metrics import Metric, measure, paraphrase_rows, prompt_rows
+from ..evaluate.metrics import Metric, kept_rows, measure, paraphrase_rows
 from ..evaluate.report import write_report
 from ..evaluate.subject import Subject
 from ..forward.blocks import text_config
@@ -262,11 +262,7 @@ class QFTrainer(Subject):
             punctuation at the end; one that does not end within `max_new_tokens` is wrong.
         """
         with all_or_none(), self._ready() as progress:
-            kept = {
-                name: prompt_rows(prompts, name)
-                for name, prompts in (("locality", locality), ("unknown", unknown))
-                if prompts is not None
-            }
+            kept = kept_rows(locality=locality, unknown=unknown)
             texts = [text] if isinstance(text, str) else list(text) if text is not None else []
             asked_rows, dataset = (self._eval_rows, self.eval_dataset) if self._eval_rows else (self.rows, self.dataset)
             if not (asked_rows or any(kept.values()) or texts):
