@@ -98,14 +98,17 @@ class Scorer:
         self.asked = {name: spread(questions, most) for name, questions in task.asked.items()}
         self.locality, self.unknown = spread(task.locality, most), spread(task.unknown, most)
         self.general = spread(general, most)
-        self.kept = [q.prompt for q in (*self.locality, *self.general)] + self.unknown
-        self.before = before(list(dict.fromkeys(self.kept)))
+        kept = [q.prompt for q in (*self.locality, *self.general)] + self.unknown
+        self.kept = list(dict.fromkeys(kept))
+        self.before = before(self.kept)
 
     def answers(self, learner: Learner) -> Answers:
-        """The learner's answers to every question."""
-        prompts = [q.prompt for questions in self.asked.values() for q in questions] + self.kept
-        prompts = list(dict.fromkeys(prompts))
-        return self.bench.ask(learner.model, prompts, learner.told(prompts))
+        """The learner's answers to every question; those compared with the base model's asked by themselves, as there:
+        in other batches 16 bits round otherwise, and answers differ that nothing has changed."""
+        taught = dict.fromkeys(q.prompt for questions in self.asked.values() for q in questions)
+        parts = self.kept, [prompt for prompt in taught if prompt not in self.before]
+        asked = (self.bench.ask(learner.model, part, learner.told(part)) for part in parts if part)
+        return {prompt: answer for found in asked for prompt, answer in found.items()}
 
     def score(self, answers: Answers) -> Scores:
         """By column the shares of right answers, each a dict with `value`, `low`, `high` and `count`:
@@ -166,8 +169,7 @@ class Scorer:
             said = f" {normalise(answer.text)} "
             return {text for text in taught if text in said}
 
-        prompts = dict.fromkeys(self.kept)
-        return share([bool(held(answers[prompt]) - held(self.before[prompt])) for prompt in prompts])
+        return share([bool(held(answers[prompt]) - held(self.before[prompt])) for prompt in self.kept])
 
 
 def overall(scores: Scores) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -38,7 +39,7 @@ class Store:
                     raise ValueError(
                         f"{self.path} was measured with {name} {was!r}, not {value!r}; give another --out, or remove it"
                     )
-        self.base: dict[str, list] = _read(self.base_path) if self.base_path.exists() else {}
+        self.base: dict[str, dict[str, list]] = _read(self.base_path) if self.base_path.exists() else {}
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -58,12 +59,14 @@ class Store:
         _write(self.path, json.dumps(self.found, indent=1, ensure_ascii=False) + "\n")
 
     def before(self, bench: Bench, prompts: list[str]) -> Answers:
-        """The base model's answers, of which new ones are kept."""
-        new = [prompt for prompt in prompts if prompt not in self.base]
-        if new:
-            self.base.update({prompt: list(answer) for prompt, answer in bench.ask(bench.base(), new).items()})
+        """The base model's answers, kept by the questions asked together: in 16 bits what else is in the batch rounds
+        them otherwise, and a third of long answers changes."""
+        together = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+        if together not in self.base:
+            asked = bench.ask(bench.base(), prompts) if prompts else {}
+            self.base[together] = {prompt: list(answer) for prompt, answer in asked.items()}
             _write(self.base_path, json.dumps(self.base, indent=0, ensure_ascii=False))
-        return {prompt: Answer(*self.base[prompt]) for prompt in prompts}
+        return {prompt: Answer(*answer) for prompt, answer in self.base[together].items()}
 
     def write_answers(self, job: dict[str, Any], answers: Answers) -> None:
         """Add a run's answers, to be read; a run that was broken off behind this stands there twice."""

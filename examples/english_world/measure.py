@@ -49,11 +49,13 @@ class Probe:
     def __init__(self, model, tokenizer, rows, seed, strangers=60, general=english.GENERAL):
         self.model, self.encoder, self.rows = model, Encoder(tokenizer), rows
         self.strangers = english.strangers(strangers, seed, rows)
-        asked = [question for question, _ in general]
-        answers = self.ask(asked + [s["prompt"] for s in self.strangers])
-        pairs = zip(general, answers[: len(asked)], strict=True)
+        # Before and after asked by themselves: what else is in a batch rounds 16 bits otherwise, and changes answers.
+        self.kept, asked = [question for question, _ in general], len(general)
+        self.kept += [s["prompt"] for s in self.strangers]
+        answers = self.ask(self.kept)
+        pairs = zip(general, answers[:asked], strict=True)
         self.known = [(question, wanted) for (question, wanted), answer in pairs if english.contains(answer, wanted)]
-        self.before = answers[len(asked) :]
+        self.before = answers[asked:]
         chats = zip(english.OPEN_CHATS, self.ask(english.OPEN_CHATS, 60), strict=True)
         self.chats = [self.encoder.answer_ids(Row(0, "", q, a), False) for q, a in chats]
         self.texts = [self.encoder.text_ids(text) for text in english.TEXTS]
@@ -84,22 +86,21 @@ class Probe:
             instructions = told + [text for text in told for _ in range(3)]
             answers = self.ask(taught, instructions=instructions)
         else:
-            rest = [q for q, _ in self.known] + [s["prompt"] for s in self.strangers]
-            answers = self.ask(taught + rest)
+            answers, kept = self.ask(taught), self.ask(self.kept)
         objects = [row["object"] for row in self.rows]
         hits = {
             "recall": [english.contains(a, o) for a, o in zip(answers, objects, strict=False)],
             "para": [english.contains(a, objects[i // 3]) for i, a in enumerate(answers[count : 4 * count])],
         }
         if not instructed:
-            kept, others = answers[4 * count :][: len(self.known)], answers[4 * count + len(self.known) :]
-            hits["known"] = [english.contains(a, wanted) for a, (_, wanted) in zip(kept, self.known, strict=True)]
+            by_question, others = dict(zip(self.kept, kept, strict=True)), kept[-len(self.strangers) :]
+            hits["known"] = [english.contains(by_question[question], wanted) for question, wanted in self.known]
             hits["leak"] = [
                 any(english.contains(now, o) and not english.contains(then, o) for o in asked["objects"])
                 for now, then, asked in zip(others, self.before, self.strangers, strict=True)
             ]
-            asked = taught + rest
-            for prompt, answer in list(zip(asked, answers, strict=True))[:: max(1, len(asked) // max(show, 1))][:show]:
+            asked, said = taught + self.kept, answers + kept
+            for prompt, answer in list(zip(asked, said, strict=True))[:: max(1, len(asked) // max(show, 1))][:show]:
                 print(f"    {prompt}  ->  {answer}")
         found = {name: vars(proportion(values)) for name, values in hits.items()}
         if not instructed:

@@ -135,9 +135,8 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 @torch.no_grad()
 def head_inputs(network: nn.Module, sequences: Sequence[list[int]], kept: Sequence[int], **options: Any) -> Tensor:
     """What the unembedding reads at each sequence's last `kept` positions: (n, d)."""
-    return forward_pass(network, sequences, kept, {"head": Point(network.get_output_embeddings(), "input")}, **options)[
-        "head"
-    ]
+    head = {"head": Point(network.get_output_embeddings(), "input")}
+    return forward_pass(network, sequences, kept, head, **options)["head"]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..data.rows import Encoder, Text
 from ..forward.capture import Point, forward_pass
 from ..forward.scratch import Scratch
+from ..forward.unembedding import head_inputs
 from ..solve.second_moment import SecondMoment
 from .arguments import QFTrainingArguments
 from .constants import FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SINK, SINK_WEIGHT, WRITTEN
@@ -133,10 +134,8 @@ def _measure(
             moment.update(keys, weights.to(keys) * torch.where(norm > SINK * median, SINK_WEIGHT, 1.0) / len(solved))
     chosen = sorted(held) or [0]
     held_out, counts = [sequences[i] for i in chosen], [answers[i] for i in chosen]
-    head = Point(network.get_output_embeddings(), "input")
-    stream = forward_pass(network, held_out, counts, {"head": head}, **options)["head"]
-    dtype = network.get_input_embeddings().weight.dtype
-    return PreservedMoments(moments, prompts, held_out, counts, stream.to("cpu", dtype))
+    head, dtype = head_inputs(network, held_out, counts, **options), network.get_input_embeddings().weight.dtype
+    return PreservedMoments(moments, prompts, held_out, counts, head.to("cpu", dtype))
 
 
 def _weights(length: int, answer: int) -> Tensor:
