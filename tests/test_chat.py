@@ -58,7 +58,7 @@ def test_teaching_by_an_instruction_a_correction_and_an_answer(tmp_path):
     out = lines(
         [sys.executable, "-c", script],
         "/teach Zanmi founded Tofinlor.", QUESTION, "/teach Zanmi founded Tofinlor.", QUESTION,
-        "Where is Tofinlor based?", "/teach", "No, it is Rome.", "/teach", "/compare",
+        "Where is Tofinlor based?", "/teach", "No, it is Rome.", "/teach", "/compare", "/explain",
         "What does Tofinlor make?", "/correct", "/correct Tofinlor makes boats.", "/reset", "What does Tofinlor make?",
         "/facts", "/forget", "/forget 4", "/forget 3", "/facts",
         "/undo", "/undo", "/undo", "/undo", "/undo", "/facts",
@@ -77,6 +77,9 @@ def test_teaching_by_an_instruction_a_correction_and_an_answer(tmp_path):
         "Where is Tofinlor based.",
         "  without the adapter: I do not know.",
         "  with the adapter:    Tofinlor is located in Rome.",
+        "Tofinlor is located in Rome.",
+        "taught facts that acted on this answer, by their share:",
+        r"  [01]\...  [0-9a-f]{12}  Where is Tofinlor based.  ->  Tofinlor is located in Rome.",
         ".*",
         "give the right answer: /correct ANSWER",
         "Taught in .* s. What does Tofinlor make.  ->  Tofinlor makes boats.",

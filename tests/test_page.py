@@ -133,6 +133,8 @@ def test_teach_compare_forget_undo(page, served):
     press(page, "Compare")
     seen(page, "#chat", "Without the adapter: I do not know.")
     seen(page, "#chat", f"With the adapter: {ANSWER}")
+    press(page, "Explain")
+    seen(page, "#chat", "taught facts that acted on this answer, by their share:")
     page.locator("#adapter input").check()
 
     press(page, "Forget ticked")

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qf_peft.teaching.lessons as lessons_module
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import Attribution, QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.teaching.generic_prompts import FACTUAL, OPEN, PLAIN
 
 sys.path += [str(EXAMPLES), str(EXAMPLES / "english_world")]
@@ -74,6 +74,10 @@ def test_ten_facts(fresh, words, cache, tmp_path):
     assert metrics["kl_preserved"] <= 0.1
     assert metrics["kl_preserved"] <= metrics["kl_preserved_worst"]
     assert metrics["last_block"] == 29 and metrics["first_block"] >= 15, "late blocks are chosen"
+    explained = Attribution(trainer).explain([*(row["prompt"] for row in rows), *(q for q, _ in english.GENERAL[:10])])
+    first = [e.influences[0].entry.prompt == row["prompt"] for e, row in zip(explained, rows, strict=False)]
+    assert sum(first) == len(rows), "the fact that was asked is the one that acted"
+    assert max(e.influences[0].share for e in explained[10:]) < 0.3 < min(e.influences[0].share for e in explained[:10])
     trainer.model.save_pretrained(tmp_path)
     probe.model = PeftModel.from_pretrained(fresh(), tmp_path).eval()
     again = probe.ask([row["prompt"] for row in rows])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from .documents.facts import DocumentFacts, facts_from_document, read_review, write_review
     from .documents.wordings import with_wordings
+    from .evaluate.attribution import Attribution, Explanation
     from .evaluate.retention import retention
     from .evaluate.shares import layer_shares
     from .evaluate.sweeps import strength_sweep
@@ -49,6 +50,7 @@ _WHERE = {
         "rows_from_requests rows_from_wikibigedit rows_from_zsre",
         "documents.facts": "DocumentFacts facts_from_document read_review write_review",
         "documents.wordings": "with_wordings",
+        "evaluate.attribution": "Attribution Explanation",
         "evaluate.retention": "retention",
         "evaluate.shares": "layer_shares",
         "evaluate.sweeps": "strength_sweep",
@@ -65,7 +67,9 @@ _WHERE = {
 }
 
 __all__ = [
+    "Attribution",
     "DocumentFacts",
+    "Explanation",
     "QFConfig",
     "QFModel",
     "QFTrainer",

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from transformers.utils import logging
 
 from ..adapter.description import base_model_id
+from ..data.rows import text_of
 from ..evaluate.metrics import normalise
-from .conversation import Conversation, printable, text_of
+from .conversation import Conversation, printable
 from .session import Session
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,7 @@ that the next answer comes from the weights.
   /forget N ...        Take back facts, by their numbers in /facts.
   /undo                Go back to before the last /teach, /correct or /forget.
   /compare [QUESTION]  The answers without and with the adapter; by default to your last question.
+  /explain [QUESTION]  Which taught facts acted on the answer.
   /save FOLDER         Save the adapter.
   /push USER/NAME [BASE_MODEL]
                        Push the adapter to the Hub. Name the base model's id if it was loaded from a folder.
@@ -66,7 +68,7 @@ class Chat:
         self.warned = False
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, name)
-            for name in "help teach correct facts forget undo compare save push reset quit".split()
+            for name in "help teach correct facts forget undo compare explain save push reset quit".split()
         }
 
     def line(self, text: str) -> None:
@@ -145,6 +147,12 @@ class Chat:
             raise ValueError("nothing has been asked yet: /compare QUESTION")
         without, taught = self.session.compare(question, max_new_tokens=self.max_new_tokens)
         self.line(f"{question}\n  without the adapter: {without}\n  with the adapter:    {taught}")
+
+    def explain(self, question: str) -> None:
+        question = question or self.asked
+        if not question:
+            raise ValueError("nothing has been asked yet: /explain QUESTION")
+        self.line(printable(str(self.session.explain(question, max_new_tokens=self.max_new_tokens))))
 
     def save(self, folder: str) -> None:
         if not folder:

@@ -356,7 +356,8 @@ def demo(
 
 
 for _run in (
-    cli_adapters.merge, cli_adapters.export, cli_adapters.push, cli_adapters.diff, cli_adapters.info, cli_doctor.doctor,
+    cli_adapters.merge, cli_adapters.export, cli_adapters.push, cli_adapters.diff, cli_adapters.explain,
+    cli_adapters.info, cli_doctor.doctor,
 ):  # fmt: skip
     app.command()(_run)
 

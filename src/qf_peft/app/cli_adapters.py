@@ -1,4 +1,4 @@
-"""Commands about finished adapters: merge, export, push, diff, info."""
+"""Commands about finished adapters: merge, export, push, diff, explain, info."""
 
 from __future__ import annotations
 
@@ -257,6 +257,34 @@ def diff(
     for found in differing:
         lines += [shown(found["prompt"]), f"  {names[0]}: {found['first']}", f"  {names[1]}: {found['second']}"]
     return {"first": names[0], "second": names[1], "asked": len(rows), "different": differing}, "\n".join(lines)
+
+
+@command
+def explain(
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    adapter: Annotated[
+        str, typer.Option(help="A QF adapter: a folder (what is pushed to the Hub has no list of facts).")
+    ],
+    model: Model = None,
+    tiny: Tiny = False,
+    max_new_tokens: Length = 256,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Which taught facts acted on an answer: a ranked list with shares, from the solved weights themselves.
+
+    \b
+    Example:
+      qf-peft explain --adapter taught "Who founded Oxinnovate?"
+    """
+    ledger(adapter)
+    found = open_session(model, adapter, tiny).explain(prompt, max_new_tokens=max_new_tokens)
+    facts = [
+        {"id": acted.entry.id, "share": acted.share, "prompt": acted.entry.prompt, "completion": acted.entry.completion}
+        for acted in found.acting
+    ]
+    shares = {"strength": found.strength, "facts": facts}
+    return {"prompt": prompt, "answer": found.answer, **shares}, str(found)
 
 
 @command

@@ -95,10 +95,3 @@ def printable(text: str) -> str:
     """Text without control characters, which could move a terminal's cursor or change its title; line breaks and tabs
     stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
-
-
-def text_of(part: Text) -> str:
-    """An instruction or prompt on one line, for lists."""
-    if not isinstance(part, str):
-        part = " / ".join(f"{message['role']}: {message['content']}" for message in part)
-    return " ".join(part.split())

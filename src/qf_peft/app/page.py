@@ -65,6 +65,7 @@ def _lay_out(title: str, questions: Sequence[str]) -> SimpleNamespace:
                 on.send = gr.Button("Send", variant="primary")
                 on.stop = gr.Button("Stop")
                 on.compare = gr.Button("Compare")
+                on.explain = gr.Button("Explain")
                 on.begin = gr.Button("New talk")
             on.adapter = gr.Checkbox(True, label="Adapter on", elem_id="adapter")
             on.status = gr.Textbox(label="Status", interactive=False, elem_id="status", max_lines=4)
@@ -107,7 +108,8 @@ def _connect(page: Page, blocks: gr.Blocks, on: SimpleNamespace) -> None:
     )  # fmt: skip
     on.stop.click(page.stop, None, None, concurrency_limit=None, **hidden)
     blocks.unload(page.stop)
-    on.compare.click(page.compare, [on.message, on.view], [on.view, on.chat, on.message, on.status], **hidden)
+    for button, action in ((on.compare, page.compare), (on.explain, page.explain)):
+        button.click(action, [on.message, on.view], [on.view, on.chat, on.message, on.status], **hidden)
     gr.on([on.begin.click, on.chat.clear], page.begin, [on.view], [on.view, on.chat], **hidden)
     on.adapter.change(page.switch, [on.view, on.adapter], [on.view, on.chat], **hidden)
     # One at a time, in order, and once more where something changed meanwhile: what is shown was measured last.

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
-from .conversation import Conversation, Exchange, printable, text_of
+from ..data.rows import text_of
+from .conversation import Conversation, Exchange, printable
 from .gauges import as_html, measure
 from .session import Session
 
@@ -115,15 +116,28 @@ class Page:
         yield view, view.shown, "", message, status
 
     def compare(self, message: str, view: View) -> tuple:
+        def both(question: str) -> str:
+            without, taught = self.session.compare(question, max_new_tokens=self.max_new_tokens)
+            return f"Without the adapter: {without}\nWith the adapter: {taught}"
+
+        return self._asked(message, view, both)
+
+    def explain(self, message: str, view: View) -> tuple:
+        return self._asked(
+            message, view, lambda question: str(self.session.explain(question, max_new_tokens=self.max_new_tokens))
+        )  # fmt: skip
+
+    def _asked(self, message: str, view: View, answer: Callable[[str], str]) -> tuple:
+        """What is said about a question, or the last one: view, chat, the message's field, status."""
         question = message.strip() or (view.exchanges[-1].question if view.exchanges else "")
         if not question:
-            return view, view.shown, message, "Write the question to compare on, or ask one."
+            return view, view.shown, message, "Write a question, or ask one first."
         try:
-            without, taught = self.session.compare(question, max_new_tokens=self.max_new_tokens)
+            said = answer(question)
         except Exception as error:
             return view, view.shown, message, line(error)
         view.say("user", question)
-        view.say("assistant", f"Without the adapter: {without}\nWith the adapter: {taught}")
+        view.say("assistant", said)
         return view, view.shown, "", ""
 
     def begin(self, view: View) -> tuple:

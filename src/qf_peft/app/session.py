@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..adapter.config import QFConfig
 from ..data.ledger import Entry
 from ..data.rows import Row, Text, read_messages
+from ..evaluate.attribution import Attribution, Explanation
 from ..evaluate.metrics import Metric
 from ..forward.generation import generate, stream
 from ..share.hub import push_to_hub
@@ -171,6 +172,16 @@ class Session:
             self.ask(prompt, adapter=on, instruction=instruction, max_new_tokens=max_new_tokens) for on in (False, True)
         )
         return without, taught
+
+    def explain(self, prompt: Text, *, max_new_tokens: int = 256) -> Explanation:
+        """Which taught facts acted on the model's answer, and how much; see [`Attribution`].
+
+        Raises:
+            ValueError: nothing was taught, or the prompt is empty or too long.
+        """
+        _, tokens = self._asked(prompt, None, max_new_tokens)
+        with self._in_use:
+            return Attribution(self.trainer).explain([prompt], tokens)[0]
 
     def teach(
         self,

@@ -162,6 +162,13 @@ def _checked(
     return Row(index, instruction, prompt, completion, values if many else float(values[0]), wordings)
 
 
+def text_of(part: Text) -> str:
+    """An instruction or prompt on one line, for lists."""
+    if not isinstance(part, str):
+        part = " / ".join(f"{message['role']}: {message['content']}" for message in part)
+    return " ".join(part.split())
+
+
 def read_messages(value: Any, where: str) -> list[dict[str, str]]:
     """Check a list of chat messages with text in them; `where` names it in errors."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):

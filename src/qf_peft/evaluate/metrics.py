@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.rows import Encoder, Row
-from ..forward.capture import forward_pass
 from ..forward.generation import generate
-from ..forward.unembedding import diverged, head_inputs
+from ..forward.unembedding import diverged, head_inputs, log_likelihoods
 
 # By name in `QFTrainer.evaluate`'s result: what it says, and for a result of the adapter itself (not of the base model)
 # the set it was measured on, the set's name, and the metric's kind.
@@ -165,17 +164,8 @@ class Evaluator:
     def perplexity(self, texts: Iterable[str]) -> float:
         """exp of the mean negative log likelihood of the texts' tokens."""
         pairs = [self.encoder.text_ids(text) for text in texts]
-        targets = torch.tensor([t for ids, n in pairs for t in ids[len(ids) - n :]])
-
-        def score(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
-            gold = targets[order].to(logits.device)
-            return {"loss": -logits.log_softmax(-1).gather(1, gold[:, None])[:, 0].cpu()}
-
-        found = forward_pass(
-            self.network, [ids for ids, _ in pairs], [n for _, n in pairs], {}, on_logits=score,
-            **self._options,
-        )  # fmt: skip
-        return float(found["loss"].cpu().double().mean().exp())
+        likelihoods = log_likelihoods(self.network, [ids for ids, _ in pairs], [n for _, n in pairs], **self._options)
+        return float((-likelihoods.mean()).exp())
 
 
 def measure(

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..adapter.modes import evaluating
 from ..data.ledger import asked
 from ..data.rows import Row, Text
 from ..data.writing import saving_to
+from .attribution import Attribution, Influence
 from .known import known_rows
 from .metrics import RESULTS, Evaluator, Metric, kept_rows, measure, normalise, paraphrase_rows
 from .retention import Retention, retention
@@ -45,6 +46,8 @@ class Answers:
     tokens: TokenRow | None
     taught: str
     """When, or "" if it was not."""
+    acting: tuple[Influence, ...] = ()
+    """The taught facts that acted on an answer that was not kept."""
 
     @property
     def instruction(self) -> str:
@@ -149,6 +152,7 @@ def _measured(
         facts = _asked(ask, rows, tokens, dates)
         questions = {name: _asked(ask, asks, None, {}) for name, asks in kept.items()}
         kept_over_time = retention(trainer, ask) if trainer.facts else None
+    questions = {name: _explained(trainer, asked) for name, asked in questions.items()}
     sweep = strength_sweep(trainer, strengths, **lists) if strengths is not None else None
     return _render(trainer, metrics, facts, questions, kept_over_time, sweep)
 
@@ -171,6 +175,17 @@ def _asked(
         shown, date = (tokens[i] if taught else None), dates.get((asked(row), row.completion), "")
         found.append(Answers(row, before[i], told[i], now[i], right, shown, date))
     return found
+
+
+def _explained(trainer: Subject, questions: list[Answers]) -> list[Answers]:
+    """Questions, those not answered as before with the facts that acted on the answer."""
+    lost = [i for i, question in enumerate(questions) if not question.right]
+    if not (lost and trainer.facts):
+        return questions
+    prompts = [questions[i].row.prompt for i in lost]
+    found = Attribution(trainer).explain(prompts, trainer.args.max_new_tokens)
+    acting = {i: explanation.acting for i, explanation in zip(lost, found, strict=True)}
+    return [replace(question, acting=acting.get(i, ())) for i, question in enumerate(questions)]
 
 
 def _render(
@@ -207,6 +222,7 @@ def _render(
         sweep=sweep,
         versions=list(versions()),
         number=_number,
+        in_words=in_words,
     )
 
 

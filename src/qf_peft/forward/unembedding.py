@@ -149,3 +149,15 @@ def diverged(
         return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
 
     return forward_pass(network, sequences, kept, {}, head_inputs=head, on_logits=compare, **options)["kl"]
+
+
+@torch.no_grad()
+def log_likelihoods(network: nn.Module, sequences: Sequence[list[int]], kept: Sequence[int], **options: Any) -> Tensor:
+    """The log likelihood in nats of each sequence's last tokens: (n) float64 on the CPU."""
+    gold = torch.tensor([token for ids, n in zip(sequences, kept, strict=True) for token in ids[len(ids) - n :]])
+
+    def score(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
+        said = gold[order].to(logits.device)
+        return {"said": logits.log_softmax(-1).gather(1, said[:, None])[:, 0].cpu()}
+
+    return forward_pass(network, sequences, kept, {}, on_logits=score, **options)["said"].cpu().double()
