@@ -1,4 +1,4 @@
-"""Every command of README.md and of the guide runs, on the tiny model and against a Hub on loopback.
+"""Every command of README.md and of the guides runs, on the tiny model and against a Hub on loopback.
 
 A fenced block tagged `python` or `bash` is run, in the document's order, all in one process and one folder. Comments
 right before it may say
@@ -58,7 +58,9 @@ def run_all(document):
         print(f"ran {document.name}:{line}", flush=True)
 
 
-@pytest.mark.parametrize(("document", "least"), [("README.md", 7), ("examples/README.md", 6)])
+@pytest.mark.parametrize(
+    ("document", "least"), [("README.md", 3), ("examples/features.md", 7), ("examples/README.md", 6)]
+)
 def test_commands_run(document, least, tmp_path, tmp_path_factory):
     from conftest import TINY
     from hub_server import HubServer
@@ -74,7 +76,7 @@ def test_commands_run(document, least, tmp_path, tmp_path_factory):
             env={**os.environ, **hub.environment(home)},
         )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("ran README.md:") >= least
+    assert result.stdout.count(f"ran {Path(document).name}:") >= least
 
 
 RULES = """
@@ -107,7 +109,9 @@ def test_rules():
     assert list(commands(RULES)) == [("python", "a = 3", "b = 2\n", 4), ("python", "c = 4", "d = c\n", 15)]
 
 
-@pytest.mark.parametrize("document", ["README.md", "examples/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "examples/features.md", "examples/README.md", "examples/results/README.md"]
+)
 def test_what_is_named_is_there(document):
     """Example files that the text names exist, and so do settings in `QFTrainingArguments(...)`; links to headings lead
     somewhere."""
@@ -121,9 +125,16 @@ def test_what_is_named_is_there(document):
     for settings in re.findall(r"QFTrainingArguments\(([\w=., ]+)\)", text):
         for name in re.findall(r"(\w+)=", settings):
             assert name in QFTrainingArguments.__dataclass_fields__, name
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
+
+
+def anchors(text):
+    """What links may name: the headings in lower case, with dashes."""
     headings = re.findall(r"^#+ (.*)$", text, re.M)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 if __name__ == "__main__":

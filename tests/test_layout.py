@@ -80,7 +80,7 @@ def foreign(node):
     return isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in {"config.update", "blocks.launch"}
 
 
-def test_the_order_is_the_readmes():
-    text = (ROOT.parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_order_is_the_documents():
+    text = (ROOT.parent.parent / "examples" / "features.md").read_text(encoding="utf-8")
     places = [text.index(f"| `{package}/` |") for package in ORDER]
     assert all(a < b for a, b in pairwise(places))
