@@ -122,6 +122,9 @@ def test_teach_compare_forget_undo(page, served):
     seen(page, "#recall", "1 of 1")
     seen(page, "#locality", " of 7")
     assert float(page.locator("#recall meter").get_attribute("value")) == 1
+    seen(page, "#facts", f"✓ {QUESTION} → {ANSWER}")
+    expect(page.locator("#others tr")).to_have_count(4)
+    seen(page, "#divergence", "–")  # the paper's setting preserves nothing
     assert [e.completion for e in session.facts] == [ANSWER]
     ask(page, "Tell me who founded Tofinlor.")
     expect(last(page)).to_contain_text(ANSWER, timeout=60_000)

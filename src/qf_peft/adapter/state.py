@@ -35,6 +35,9 @@ class TaughtAdapter:
     """How many entries there were when all were last seen to."""
     styled: bool = False
     """Whether a standing instruction was taught: preserved chats then stay as they are, not as the base model's."""
+    divergence: float | None = None
+    """Mean KL in nats from the base model's predictions at the held-out preserved chats after the last lesson, where it
+    was measured."""
     foundation: dict[str, LowRankDelta] = field(default_factory=dict)
     """By module name: the change that the adapter held before the first entry (a loaded file's, say), if any."""
     settings: dict[str, Any] = field(default_factory=dict)

@@ -63,6 +63,7 @@ def write_statistics(folder: Path, taught: TaughtAdapter, factors: Mapping[str, 
         "delta": same,
         "rehearsed": taught.rehearsed,
         "styled": taught.styled,
+        "divergence": taught.divergence,
         "settings": taught.settings,
     }
     (folder / LEDGER_NAME).write_text(lines, encoding="utf-8")
@@ -121,8 +122,7 @@ def read_statistics(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) 
                 for m, fields in found.get("bound", {}).items()
             },
             installed={module: tuple(part.cpu() for part in pair) for module, pair in factors.items()},
-            entries=from_lines(lines, LEDGER_NAME), rehearsed=int(header["rehearsed"]),
-            settings=dict(header["settings"]), styled=bool(header["styled"]), **deltas,
+            entries=from_lines(lines, LEDGER_NAME), **_scalars(header), **deltas,
         )  # fmt: skip
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         logger.warning(
@@ -130,6 +130,17 @@ def read_statistics(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) 
             "taught is not known"
         )
         return None
+
+
+def _scalars(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What is no tensor and no text. Raises ValueError where it cannot be that."""
+    divergence = header.get("divergence")  # earlier versions did not write it
+    if divergence is not None and not 0 <= float(divergence) < math.inf:
+        raise ValueError(f"a divergence of {divergence}")
+    return {
+        "rehearsed": int(header["rehearsed"]), "settings": dict(header["settings"]), "styled": bool(header["styled"]),
+        "divergence": None if divergence is None else float(divergence),
+    }  # fmt: skip
 
 
 def _check(header: dict[str, Any], lines: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

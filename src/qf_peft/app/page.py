@@ -19,6 +19,8 @@ _NEWS = 2.0  # seconds after which a visitor hears what others taught
 _CSS = """
 .gauge { display: grid; grid-template-columns: auto 1fr auto; gap: 0 .6em; align-items: center; margin: .3em 0 }
 .gauge span { opacity: .7; font-size: .85em } .gauge meter { grid-column: 1 / 3; width: 100%; height: 1.2em }
+#others { font-size: .85em; width: 100%; border-collapse: collapse } #others td, #others th { padding: .2em .4em }
+#others { text-align: left; vertical-align: top } #others .moved td:last-child { color: #b00 }
 """
 
 
@@ -79,11 +81,13 @@ def _lay_out(title: str, questions: Sequence[str]) -> SimpleNamespace:
                     label="Answer", placeholder="empty: the model's own, knowing the above", elem_id="answer"
                 )
             on.teach = gr.Button("Teach", variant="primary")
-            on.facts = gr.CheckboxGroup(label="Taught", elem_id="facts")
+            on.facts = gr.CheckboxGroup(
+                label="Taught", elem_id="facts", info="✓ said, ≈ said in other words, ✗ not said"
+            )  # fmt: skip
             with gr.Row():
                 on.forget = gr.Button("Forget ticked")
                 on.undo = gr.Button("Undo")
-            on.gauges = gr.HTML(as_html({}), elem_id="gauges")
+            on.gauges = gr.HTML(as_html(None, 1.0), elem_id="gauges")
             with gr.Accordion("Questions for the locality gauge", open=False):
                 on.asked = gr.Textbox("\n".join(questions), show_label=False, lines=6, elem_id="questions")
                 on.again = gr.Button("Measure")
@@ -114,7 +118,7 @@ def _connect(page: Page, blocks: gr.Blocks, on: SimpleNamespace) -> None:
     on.adapter.change(page.switch, [on.view, on.adapter], [on.view, on.chat], **hidden)
     # One at a time, in order, and once more where something changed meanwhile: what is shown was measured last.
     measuring = {
-        "fn": page.gauges, "inputs": [on.asked], "outputs": [on.gauges], "concurrency_id": "gauges",
+        "fn": page.gauges, "inputs": [on.asked], "outputs": [on.gauges, on.facts], "concurrency_id": "gauges",
         "trigger_mode": "always_last", **hidden,
     }  # fmt: skip
     on.teach.click(page.teach, [on.view, on.instruction, on.question, on.answer], changed, **hidden).then(**measuring)

@@ -14,7 +14,7 @@ from threading import Event
 
 from ..data.rows import text_of
 from .conversation import Conversation, Exchange, printable
-from .gauges import as_html, measure
+from .gauges import MARKS, as_html
 from .session import Session
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
@@ -47,6 +47,8 @@ class Page:
         self.session, self.folder, self.max_new_tokens = session, folder, max_new_tokens
         self.changes: list[tuple[str | None, str]] = []
         """Who changed the adapter, and what was done, in order."""
+        self._states: dict[str, str] = {}
+        """By fact's id how it was answered when it was last asked for."""
         self._stops: dict[str | None, list[Event]] = {}  # by visitor, of the answers under way
         self._lock = threading.Lock()
 
@@ -131,7 +133,7 @@ class Page:
         """What is said about a question, or the last one: view, chat, the message's field, status."""
         question = message.strip() or (view.exchanges[-1].question if view.exchanges else "")
         if not question:
-            return view, view.shown, message, "Write a question, or ask one first."
+            return view, view.shown, message, "Write the question, or ask one first."
         try:
             said = answer(question)
         except Exception as error:
@@ -189,16 +191,30 @@ class Page:
         return *self.note(view, done), *self.taught(done)
 
     def taught(self, status: str) -> tuple:
-        choices = [
-            (printable(f"{text_of(e.prompt)} → {text_of(e.completion)} (from: {text_of(e.instruction)})"), e.id)
-            for e in self.session.facts
-        ]
-        facts = gr.CheckboxGroup(choices=choices, value=[], label=f"Taught ({len(choices)})")
-        return printable(status), facts, as_html({})
+        self._states = {}
+        return printable(status), gr.CheckboxGroup(**self._listed(), value=[]), as_html(None, self._budget)
 
-    def gauges(self, questions: str) -> str:
+    def _listed(self) -> dict:
+        """The list of facts, each with how it was answered where it was asked for."""
+        choices = []
+        for e in self.session.facts:
+            mark = f"{MARKS[self._states[e.id]]} " if e.id in self._states else ""
+            fact = f"{mark}{text_of(e.prompt)} → {text_of(e.completion)} (from: {text_of(e.instruction)})"
+            choices.append((printable(fact), e.id))
+        return {"choices": choices, "label": f"Taught ({len(choices)})"}
+
+    @property
+    def _budget(self) -> float:
+        return self.session.args.divergence_of(len(self.session.facts))
+
+    def gauges(self, questions: str) -> tuple:
+        """What is said of the facts and of other questions now: gauges, facts."""
         asked = list(dict.fromkeys(filter(None, map(str.strip, questions.splitlines()))))
-        return as_html(measure(self.session, asked))
+        if not self.session.facts:
+            return as_html(None, self._budget), gr.skip()
+        found = self.session.checkup(asked)
+        self._states = {fact.entry.id: fact.state for fact in found.facts}
+        return as_html(found, self._budget), gr.CheckboxGroup(**self._listed())
 
     def save(self, name: str) -> str:
         """Save into a folder of the working folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..adapter.config import QFConfig
 from ..data.ledger import Entry
 from ..data.rows import Row, Text, read_messages
 from ..evaluate.attribution import Attribution, Explanation
+from ..evaluate.checkup import Checkup, checkup
 from ..evaluate.metrics import Metric
 from ..forward.generation import generate, stream
 from ..share.hub import push_to_hub
@@ -250,6 +251,16 @@ class Session:
         trainer = self._trainer(rows)
         with self._in_use:
             return trainer.evaluate(locality=locality, unknown=unknown, text=text)
+
+    def checkup(self, questions: Sequence[Text] = ()) -> Checkup:
+        """Each fact's state (said, said in other words, not said) of the last fifty, and the answers to other questions
+        before and now; see [`checkup`].
+
+        Raises:
+            ValueError: a question is empty.
+        """
+        with self._in_use:
+            return checkup(self.trainer, questions)
 
     def save(self, folder: str | Path) -> Path:
         """Save the adapter, with the ledger: all files or none. `Session.open(adapter=folder)` goes on from there.

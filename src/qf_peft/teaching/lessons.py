@@ -78,7 +78,8 @@ class Lessons:
         now = self.tuner.taught[self.adapter]
         entries = joined(now.entries, entries)
         rehearsed = now.rehearsed if known else len(entries)
-        self.tuner.taught[self.adapter] = replace(now, entries=entries, rehearsed=rehearsed)
+        divergence = results[-1].get("kl_preserved")
+        self.tuner.taught[self.adapter] = replace(now, entries=entries, rehearsed=rehearsed, divergence=divergence)
         gently = joint or any(m.get("strength", 0) > self.args.preserve_strength for m in results)
         self._warn(rows, misread, missed if gently else [], len(entries))
         counts = [len(taught) for taught, _ in lessons]
