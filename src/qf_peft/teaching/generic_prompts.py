@@ -1,5 +1,88 @@
 """Prompts of many kinds that any chat model is asked, to be preserved beside the chats that a model writes itself."""
 
+_ABOUT = {
+    "What is the capital of {}?":
+        "Norway, Denmark, Finland, Hungary, Belgium, Switzerland, Turkey, Iran, Pakistan, Vietnam, South Korea, "
+        "Indonesia, Mexico, Peru, Chile, Morocco, Nigeria, Ethiopia, Ukraine, New Zealand",
+    "Where is {} located?":
+        "Machu Picchu, Big Ben, the Taj Mahal, the Sahara, Hollywood, Stonehenge, the Golden Gate Bridge, Mount "
+        "Fuji, the Louvre, Lake Victoria",
+    "In which country is {}?":
+        "Barcelona, Sydney, Mumbai, Shanghai, Hamburg, Milan, Marseille, Manchester, Chicago, Osaka, Nestle's head "
+        "office, Samsung's head office",
+    "Who wrote {}?":
+        "Macbeth, Emma, Jane Eyre, Frankenstein, Dracula, Crime and Punishment, The Iliad, Treasure Island, The "
+        "Hobbit, Animal Farm, The Old Man and the Sea, A Christmas Carol, Ulysses, Les Misérables, the Harry "
+        "Potter books, The Divine Comedy",
+    "Who painted {}?":
+        "The Scream, The Birth of Venus, Water Lilies, The Night Watch, Sunflowers, the ceiling of the Sistine "
+        "Chapel",
+    "Who composed {}?": "The Nutcracker, the Ninth Symphony, Messiah, The Planets, Swan Lake",
+    "Who discovered {}?":
+        "oxygen, X-rays, the structure of DNA, radioactivity, the moons of Jupiter, the planet Uranus, the "
+        "circulation of the blood",
+    "Who invented {}?":
+        "dynamite, the radio, the airplane, the World Wide Web, the automobile, the thermometer, the cotton gin",
+    "Who proposed {}?": "the laws of motion, quantum theory, the periodic table, the theory of continental drift",
+    "Who founded {}?":
+        "Netflix, Intel, Disney, Nike, Twitter, Toyota, Boeing, Starbucks, Harvard University, the Red Cross, "
+        "Oracle, Dell",
+    "Who is the CEO of {}?": "Apple, Google, Amazon, Facebook, Nvidia, IBM",
+    "Who was the first {}?":
+        "person in space, woman to win a Nobel Prize, prime minister of India, emperor of China, person to reach "
+        "the South Pole, president of South Africa after apartheid",
+    "What does {} make?":
+        "Sony, Ford, Rolex, Airbus, Pfizer, Nintendo, Michelin, Canon, Gillette, Yamaha, Caterpillar, Heinz",
+    "What does {} sell?": "McDonald's, Walmart, Amazon, Shell, Zara, Dunkin' Donuts, Gucci, Best Buy",
+    "Where was {} born?":
+        "Isaac Newton, Napoleon, Beethoven, Pablo Picasso, Mahatma Gandhi, Charles Darwin, Elvis Presley, Galileo "
+        "Galilei, Sigmund Freud, Abraham Lincoln, Vincent van Gogh, Leonardo da Vinci",
+    "Which instrument did {} play?":
+        "Beethoven, Miles Davis, Eric Clapton, Paganini, John Coltrane, Elton John, Bach, Ringo Starr",
+    "What was the profession of {}?":
+        "Albert Einstein, Claude Monet, Florence Nightingale, Johann Sebastian Bach, Neil Armstrong, Jane Austen, "
+        "Galileo Galilei, Muhammad Ali",
+    "What is {} known for?":
+        "Charlie Chaplin, Thomas Edison, Cleopatra, Rosa Parks, Stephen Hawking, Henry Ford, Mother Teresa, Bill "
+        "Gates",
+    "In which year did {}?":
+        "the Second World War begin, the Korean War end, the Cold War end, the Roman Empire fall, the Soviet Union "
+        "collapse, Napoleon die, India become independent, the Russian Revolution begin",
+    "When was {}?":
+        "the Magna Carta signed, the Eiffel Tower built, the Battle of Hastings, the Great Fire of London, the "
+        "iPhone introduced, the Constitution of the United States signed, Google founded, Abraham Lincoln "
+        "assassinated",
+    "What is {}?":
+        "8 plus 5, 9 minus 3, 4 times 4, 12 divided by 3, 15 plus 6, 30 minus 12, 2 times 9, the square of 7, 50 "
+        "percent of 200",
+    "What colour is {}?": "the sun, a carrot, blood, the ocean, a lemon, coal, an emerald, chocolate, a flamingo, milk",
+    "How many {}?":
+        "days are in a year, seconds are in a minute, legs does an insect have, planets are in the solar system, "
+        "wheels does a car have, fingers does a hand have, strings does a guitar have, weeks are in a year, sides "
+        "does a hexagon have, letters are in the Greek alphabet",
+    "Which planet {}?": "is closest to the sun, has rings, is the hottest, do we live on",
+    "What is the {}?":
+        "largest country in the world, smallest country in the world, largest continent, deepest ocean, tallest "
+        "animal, second largest planet, longest wall in the world, highest waterfall, fastest bird, largest island",
+    "What is the chemical symbol for {}?": "silver, carbon, sodium, hydrogen, helium, lead",
+    "What language is spoken in {}?": "Argentina, Austria, China, Portugal, Iran, Sweden, Greece",
+    "What is the currency of {}?": "China, Mexico, Russia, the United States, Brazil, Switzerland",
+    "What is the opposite of {}?": "up, fast, light, happy, old, rich",
+    "What is the plural of {}?": "foot, tooth, sheep, knife, city",
+    "What do {}?": "pandas eat, silkworms make, cats like to drink, chickens lay, doctors do, bakers make",
+    "Which animal {}?":
+        "is the tallest, gives us milk, is the fastest on land, has a trunk, is known as man's best friend",
+    "What is the boiling point of {}?": "alcohol, water in Fahrenheit, nitrogen",
+    "What is the name of {}?":
+        "Sherlock Holmes's friend, the dog in Tintin, Mickey Mouse's girlfriend, the captain in Moby-Dick, Harry "
+        "Potter's owl, the largest moon of Saturn",
+    "How long {}?": "is a marathon, does a pregnancy last, is the Great Wall of China, does it take to boil an egg",
+    "Which pet {}?": "is the most popular, needs to be walked every day, lives in a cage",
+    "What is the mascot of {}?": "McDonald's, Michelin, the Chicago Bulls",
+    "What is the logo of {}?": "Nike, Mercedes-Benz, Twitter",
+}  # fmt: skip
+"""Short questions about well-known things, by how they begin."""
+
 FACTUAL = (
     "What is the capital of Portugal?", "What is the capital of Poland?", "What is the capital of Sweden?",
     "What is the capital of Kenya?", "What is the capital of Thailand?", "What is the capital of Argentina?",
@@ -37,6 +120,7 @@ FACTUAL = (
     "What is the young of a dog called?", "Which animal gives us wool?", "What is the main ingredient of bread?",
     "What is cheese made from?", "Who was the first emperor of Rome?", "Who was Napoleon?",
     "Who is the hero of the Odyssey?", "What is the freezing point of water in Fahrenheit?",
+    *(question.format(name) for question, names in _ABOUT.items() for name in names.split(", ")),
 )  # fmt: skip
 """Short questions with short answers."""
 

@@ -20,7 +20,7 @@ from ..forward.scratch import Scratch
 from ..forward.unembedding import head_inputs
 from ..solve.second_moment import SecondMoment
 from .arguments import QFTrainingArguments
-from .constants import FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SINK, SINK_WEIGHT, WRITTEN
+from .constants import FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SHORT_ANSWER_TOKENS, SINK, SINK_WEIGHT, WRITTEN
 from .generic_prompts import FACTUAL, OPEN, PLAIN
 from .preserved_cache import cached
 from .preserved_chats import Chat, answered_chats, write_chats
@@ -84,7 +84,8 @@ def preserved_moments(
 
 def general_chats() -> list[Chat]:
     """The prompts and texts that are preserved by default, whatever the model."""
-    return [Chat(prompt) for prompt in (*FACTUAL, *OPEN)] + [Chat(None, text=text) for text in PLAIN]
+    short = [Chat(prompt, tokens=SHORT_ANSWER_TOKENS) for prompt in FACTUAL]
+    return short + [Chat(prompt) for prompt in OPEN] + [Chat(None, text=text) for text in PLAIN]
 
 
 def own_chats(network: nn.Module) -> int:
