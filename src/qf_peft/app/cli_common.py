@@ -6,6 +6,8 @@ import ast
 import contextlib
 import functools
 import json
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 # Nothing here or in the commands' modules imports torch before a command runs: the help must come at once.
 
 Model = Annotated[
-    str | None, typer.Option(help="The base model: a Hub id or folder. By default the one that the adapter names.")
-]
+    str | None,
+    typer.Option(
+        "--model", "--gguf", help="The base: a Hub id, folder or GGUF file. By default the one that the adapter names."
+    ),
+]  # fmt: skip
 Adapter = Annotated[str | None, typer.Option(help="A QF adapter: a folder or Hub id.")]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="A QF adapter: a folder or Hub id.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="The tiny model that comes with the package; offline.")]
@@ -91,16 +96,21 @@ def on_screen() -> bool:
 
 
 def calm() -> None:
-    """Register QF with PEFT, and show no progress bars where nobody watches, nor what libraries will change one day."""
+    """Register QF with PEFT, and show no progress bars where nobody watches, nor what libraries will change one day or
+    cannot find: optional kernels."""
     warnings.simplefilter("ignore", FutureWarning)
-    from transformers.utils import logging
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not on_screen():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read while tqdm is imported
+    from transformers.utils.logging import disable_progress_bar
 
     from ..registration import register
 
     register()
 
     if not on_screen():
-        logging.disable_progress_bar()
+        disable_progress_bar()
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:

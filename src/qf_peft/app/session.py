@@ -9,10 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..adapter.config import QFConfig
 from ..data.ledger import Entry
@@ -24,9 +23,8 @@ from ..forward.generation import generate, stream
 from ..share.hub import push_to_hub
 from ..teaching.arguments import QFTrainingArguments
 from ..teaching.trainer import QFTrainer
+from .base_model import hub_options, load_base
 from .tiny import TINY_MODEL
-
-_HUB = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
 class Session:
@@ -88,7 +86,7 @@ class Session:
         """Load a model and its tokenizer, and perhaps an adapter, which may then be taught on.
 
         Args:
-            model: an id on the Hub or a folder; None takes the one that the adapter's configuration names.
+            model: an id on the Hub, a folder or a GGUF file; None takes the one that the adapter's configuration names.
             adapter: an id on the Hub or a folder; None makes a new adapter.
             args, preserve_dataset: as for the class.
             from_pretrained: for `AutoModelForCausalLM.from_pretrained`. By default the model is loaded in the dtype it
@@ -98,7 +96,7 @@ class Session:
             ValueError: neither model nor adapter is given, the adapter names no base model, or is none of QF's.
             OSError: there is no such model or adapter.
         """
-        shared = {name: from_pretrained[name] for name in _HUB if name in from_pretrained}
+        shared = hub_options(from_pretrained)
         if adapter is not None:
             config = PeftConfig.from_pretrained(str(adapter), **shared)
             if not isinstance(config, QFConfig):
@@ -110,14 +108,7 @@ class Session:
                 if adapter is None
                 else f"the adapter {adapter} does not name its base model; give model="
             )
-        loading = {"dtype": "auto", **from_pretrained}
-        if torch.accelerator.is_available():
-            loading.setdefault("device_map", "auto")
-        revision = {"revision": loading["revision"]} if "revision" in loading else {}
-        tokenizer = AutoTokenizer.from_pretrained(model, **shared, **revision)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        network = AutoModelForCausalLM.from_pretrained(model, **loading)
+        tokenizer, network = load_base(model, from_pretrained)
         if adapter is not None:
             hub = {name: value for name, value in shared.items() if name != "trust_remote_code"}
             network = PeftModel.from_pretrained(network, str(adapter), **hub)
