@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from conftest import FACT, OTHER, TINY, ask, random_model
@@ -234,8 +235,8 @@ def test_clear_errors(taught, tmp_path):
     for rank in (0, 8, 20, 24.0, True, -16):
         with pytest.raises(ValueError, match=r"rank=.*expected 16, 32, 64, 128"):
             export_lora(taught, tmp_path / "x", rank=rank)
-    with pytest.raises(ValueError, match="format='gguf'; expected 'peft' or 'mlx'"):
-        export_lora(taught, tmp_path / "x", format="gguf")
+    with pytest.raises(ValueError, match="format='onnx'; expected one of peft, mlx, gguf"):
+        export_lora(taught, tmp_path / "x", format="onnx")
     with pytest.raises(ValueError, match=r"adapter_name='other'; the model has the adapters \['default'\]"):
         export_lora(taught, tmp_path / "x", adapter_name="other")
     with pytest.raises(ValueError, match="without a QF adapter"):
@@ -254,6 +255,33 @@ def test_clear_errors(taught, tmp_path):
     with pytest.raises(ValueError, match=r"what MLX-LM calls 'transformer.h.0.mlp.dense_4h_to_h'.* is not known"):
         export_lora(falcon, tmp_path / "x", format="mlx")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_gguf_file(taught, tmp_path):
+    """llama.cpp adds alpha / rank · B A to the weight of the tensor that a pair is named after."""
+    report = export_lora(taught, tmp_path, format="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.gguf"]
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    assert (values["general.architecture"], values["general.type"], values["adapter.type"]) == (
+        "qwen2",
+        "adapter",
+        "lora",
+    )
+    assert values["adapter.lora.alpha"] == report["rank"]
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert set(tensors) == {f"blk.{i}.ffn_down.weight.lora_{side}" for i in (3, 7) for side in "ab"}
+    for i in (3, 7):
+        a, b = (tensors[f"blk.{i}.ffn_down.weight.lora_{side}"] for side in "ab")
+        layer = taught.base_model.model.model.layers[i].mlp.down_proj
+        assert torch.allclose(b @ a, layer.get_delta_weight("default"), atol=1e-6)
+
+
+def test_a_gguf_file_of_what_lies_otherwise_there(tmp_path):
+    model = get_peft_model(base(), QFConfig(target_modules=["q_proj"], layers_to_transform=[7]))
+    with pytest.raises(ValueError, match=r"model.layers.7.self_attn.q_proj has no tensor of its own order"):
+        export_lora(model, tmp_path, format="gguf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mlx_files(taught, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils.logging import is_progress_bar_enabled
 
 _HUB = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 
@@ -47,9 +50,11 @@ def load_base(model: str | Path, from_pretrained: dict[str, Any]) -> tuple[Any, 
             loading["dtype"] = torch.bfloat16
         source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        network = AutoModelForCausalLM.from_pretrained(
-            **source, **loading, quantization_config=GgufConfig(dequantize=True)
-        )
+        # transformers' bar of this is shown whatever its progress bars are set to
+        with nullcontext() if is_progress_bar_enabled() else redirect_stderr(StringIO()):
+            network = AutoModelForCausalLM.from_pretrained(
+                **source, **loading, quantization_config=GgufConfig(dequantize=True)
+            )
         network.name_or_path = network.config.name_or_path = str(file.resolve())
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -137,7 +137,7 @@ def _moved(source: Path, folder: Path) -> None:
 def export(
     adapter: AdapterArgument,
     output: Target,
-    format: Annotated[str, typer.Option(help="peft (vLLM, llama.cpp, Ollama, ...) or mlx (MLX-LM).")] = "peft",
+    format: Annotated[str, typer.Option(help="peft (vLLM, SGLang, ...), gguf (llama.cpp, Ollama) or mlx.")] = "peft",
     rank: Annotated[int | None, typer.Option(help="16, 32, 64, ...; by default the least without loss.")] = None,
     all_layers: Annotated[bool, typer.Option("--all-layers", help="Zeros for blocks not edited (TGI, LoRAX).")] = False,
     model: Model = None,
@@ -150,10 +150,10 @@ def export(
     \b
     Examples:
       qf-peft export taught -o lora --rank 16
-      qf-peft export taught -o mlx --format mlx
+      qf-peft export taught -o gguf --format gguf    # gguf/adapter.gguf, for llama.cpp's --lora
     """
-    if format not in ("peft", "mlx"):
-        raise typer.BadParameter(f"--format {format}: expected peft or mlx")
+    if format not in ("peft", "mlx", "gguf"):
+        raise typer.BadParameter(f"--format {format}: expected peft, mlx or gguf")
     folder = target_folder(output)
     from ..share.lora_check import check_portable
     from ..share.lora_export import export_lora

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +45,7 @@ def command(run: Callable[..., Result]) -> Callable[..., None]:
     @functools.wraps(run)
     def wrapped(*args: Any, **options: Any) -> None:
         machine, debug, stdout = options["as_json"], options["debug"], sys.stdout
+        hush()
         try:
             with contextlib.redirect_stdout(sys.stderr) if machine else contextlib.nullcontext():
                 data, text = run(*args, **options)
@@ -95,14 +95,16 @@ def on_screen() -> bool:
     return sys.stderr.isatty()
 
 
-def calm() -> None:
-    """Register QF with PEFT, and show no progress bars where nobody watches, nor what libraries will change one day or
-    cannot find: optional kernels."""
+def hush() -> None:
+    """Keep other libraries from telling what they will change one day, or which optional kernels they do not find; to
+    be called before they are imported."""
     warnings.simplefilter("ignore", FutureWarning)
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if not on_screen():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read while tqdm is imported
+
+
+def calm() -> None:
+    """Register QF with PEFT, and show no progress bars where nobody watches."""
     from transformers.utils.logging import disable_progress_bar
 
     from ..registration import register

@@ -27,9 +27,11 @@ from ..runtime.devices import wide
 from ..runtime.processes import by_main
 from ..solve.least_squares import LowRankDelta
 from .lora_check import LARGEST_RANK, SMALLEST_RANK, is_allowed
+from .lora_gguf import write_gguf
 
 logger = logging.get_logger(__name__)
 
+FORMATS = ("peft", "mlx", "gguf")
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 # What MLX-LM calls the list of blocks, by model type, where it is not `model.layers` in transformers.
 _MLX_BLOCKS = {"gpt2": "model.h", "gpt_neox": "model.h"}
@@ -44,7 +46,7 @@ def export_lora(
     adapter_name: str | None = None,
     rank: int | None = None,
     all_layers: bool = False,
-    format: Literal["peft", "mlx"] = "peft",
+    format: Literal["peft", "mlx", "gguf"] = "peft",
 ) -> dict[str, Any]:
     """
     Write a QF adapter as a plain LoRA adapter, for PEFT without `qf_peft`, inference servers, llama.cpp or MLX-LM.
@@ -63,7 +65,8 @@ def export_lora(
             nothing. Some servers refuse more than 128, and vLLM more than its `--max-lora-rank` (16 unless set).
         all_layers: write pairs of zeros for the same modules in the blocks that the adapter does not edit. Some
             servers (TGI, LoRAX) drop a kind of module that is not there in every block.
-        format: "peft", or "mlx" for MLX-LM (`adapters.safetensors`, to be given as `--adapter-path`).
+        format: "peft"; "mlx" for MLX-LM (`adapters.safetensors`, to be given as `--adapter-path`); or "gguf" for
+            llama.cpp, Ollama and the like (`adapter.gguf`, to be given as `--lora` beside a GGUF file of the base).
 
     Returns:
         `rank` (as written), `needed_rank` (of the module that needs most), `loss` (‖ΔW − written‖ / ‖ΔW‖ over all
@@ -72,12 +75,13 @@ def export_lora(
 
     Raises:
         ValueError: the model has no such QF adapter, it is merged, `rank` or `format` is not one of those above, or
-            MLX-LM's names of the model's modules are not known.
+            MLX-LM's or GGUF's names of the model's modules are not known.
+        ImportError: `format="gguf"` without the package `gguf`.
         FileExistsError: the directory is a file, or holds an adapter of the other format.
         FloatingPointError: the adapter holds values that are not finite.
     """
-    if format not in ("peft", "mlx"):
-        raise ValueError(f"format={format!r}; expected 'peft' or 'mlx'")
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}; expected one of {', '.join(FORMATS)}")
     if rank is not None and not is_allowed(rank, LARGEST_RANK * 64):
         raise ValueError(f"rank={rank!r}; expected 16, 32, 64, 128 or a larger power of two, or None for no loss")
     adapter_name = portable_adapter(model, adapter_name)
@@ -91,6 +95,9 @@ def export_lora(
         if not bool(torch.isfinite(delta.A).all() and torch.isfinite(delta.B).all()):
             raise FloatingPointError(f"the adapter {adapter_name!r} holds values at {name} that are not finite")
     exact = {name: delta.compressed() for name, delta in deltas.items()}
+    layers = {
+        name: layer for name, layer in layers.items() if exact[name].rank
+    } or layers  # what changes nothing is left
     needed = max(delta.rank for delta in exact.values())
     rank = rank if rank is not None else _rank_for(needed)
     config = LoraConfig(
@@ -143,7 +150,7 @@ def _rank_for(needed: int) -> int:
 def _write_as(
     format: str, target: Path, network: nn.Module, written: dict[str, tuple[Tensor, Tensor]], config: LoraConfig
 ) -> None:
-    """Write the modules' factors A (r, d_in) and B (d_out, r) and the configuration in PEFT's form or MLX-LM's."""
+    """Write the modules' factors A (r, d_in) and B (d_out, r) and the configuration in one of the forms."""
     if format == "peft":
         tensors = {
             f"base_model.model.{name}.lora_{side}.weight": factor
@@ -151,6 +158,8 @@ def _write_as(
             for side, factor in zip("AB", pair, strict=True)
         }
         _write(target, SAFETENSORS_WEIGHTS_NAME, tensors, _peft_fields(config))
+    elif format == "gguf":
+        write_gguf(target, network, written, config.r)
     else:
         tensors, fields = _mlx(network, written, config.r)
         _write(target, MLX_WEIGHTS_NAME, tensors, fields)
@@ -233,6 +242,8 @@ def _mlx(
 def _check_target(target: Path, format: str) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; give a directory")
+    if format == "gguf":
+        return
     other, name = (MLX_WEIGHTS_NAME, "an MLX") if format == "peft" else (SAFETENSORS_WEIGHTS_NAME, "a PEFT")
     if (target / other).exists():
         raise FileExistsError(f"{target} holds {name} adapter ({other}), and both have an {CONFIG_NAME}; give another")
