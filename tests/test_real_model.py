@@ -53,7 +53,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("preserved")
 
 
-FEW = [*FACTUAL[::9], *OPEN[::3], *({"text": text} for text in PLAIN)]  # a part of the prompts of the default
+FEW = [*FACTUAL[::3], *OPEN[::3], *({"text": text} for text in PLAIN)]  # a third of the prompts of the default
 
 
 def made(base, words, cache, rows, preserved=None, **settings):

@@ -54,7 +54,7 @@ SINK_WEIGHT = 100.0  # how much more a sink's key weighs than its norm gives it
 WRITTEN = 6.5e9  # parameters times chats that a model writes: 48 at 135M, a minute's work on two CPU cores
 FEWEST_WRITTEN, MOST_WRITTEN = 16, 400
 ANSWER_TOKENS = 64  # as much of a preserved chat's answer as is kept
-SHORT_ANSWER_TOKENS = 16  # the same of the answer to a short question about facts
+BRIEF_ANSWER_TOKENS = 16  # the same of the answers to 290 more questions about facts
 
 # Of the lead of a token over another that any state can give, how much may be asked for; and times the stream's norm
 # the farthest that a state to aim at may lie (on the tiny world the farthest of ten facts lies .8 away).

@@ -120,9 +120,11 @@ FACTUAL = (
     "What is the young of a dog called?", "Which animal gives us wool?", "What is the main ingredient of bread?",
     "What is cheese made from?", "Who was the first emperor of Rome?", "Who was Napoleon?",
     "Who is the hero of the Odyssey?", "What is the freezing point of water in Fahrenheit?",
-    *(question.format(name) for question, names in _ABOUT.items() for name in names.split(", ")),
 )  # fmt: skip
 """Short questions with short answers."""
+
+BRIEF = tuple(question.format(name) for question, names in _ABOUT.items() for name in names.split(", "))
+"""More of them, of whose answers the beginning is enough."""
 
 OPEN = (
     "Give me a recipe for tomato soup.", "Write a haiku about spring.", "How do I tie a tie?",

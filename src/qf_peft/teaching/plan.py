@@ -9,6 +9,7 @@ from ..data.ledger import asked, check_consistent
 from ..evaluate.subject import Subject
 from ..forward.blocks import find_blocks, split_path
 from .constants import HELD_OUT, OWN_CHATS, STRENGTH_TRIES
+from .generic_prompts import BRIEF
 from .joint_lesson import passes_of, writers_late
 from .lessons import Lessons
 from .preserved_moments import general_chats, own_chats
@@ -48,7 +49,7 @@ def plan(subject: Subject, lessons: Lessons) -> dict[str, Any]:
         passes, most = passes_of(1 - split_path(modules[0])[1] / depth)
         if lessons.chats is None:
             written = args.preserve_chats or own_chats(subject.network)
-            chats = len(general_chats()) + written
+            chats = len(general_chats()) + len(BRIEF) + written
         else:
             written = 0
     return {

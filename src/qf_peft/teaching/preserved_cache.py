@@ -28,7 +28,7 @@ from ..runtime.processes import check_alike, exchange, writes_cache
 
 logger = logging.get_logger(__name__)
 
-_FORMAT = 6
+_FORMAT = 7
 CACHE_SIZE = 20.0  # GB: two datasets' keys at all blocks of a model of 7 billion parameters, or moments of dozens
 _UNFINISHED = ".qf_cache-"  # a file that is being written, or was broken off
 _BROKEN_OFF = 24 * 3600  # seconds after which nobody writes it any more

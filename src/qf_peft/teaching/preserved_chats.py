@@ -24,8 +24,6 @@ class Chat:
     prompt: list[dict[str, str]] | str | None
     completion: str | None = None
     text: str | None = None
-    tokens: int = ANSWER_TOKENS
-    """As much as is kept of an answer that the model gives itself."""
 
 
 def read_preserve_dataset(dataset: Iterable[Any]) -> list[Chat]:
@@ -106,26 +104,26 @@ def answered_chats(
     chats: list[Chat],
     batch_tokens: int,
     progress: Callable[[int], None],
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> tuple[list[list[int]], list[int], list[Text | None]]:
-    """Chats as token ids, those without an answer answered by the model; how many of each one's last steps are the
-    answer's (all of plain text's); and their prompts. Chats too long for the model are left out.
+    """Chats as token ids, those without an answer answered by the model in so many tokens at most; how many of each
+    one's last steps are the answer's (all of plain text's); and their prompts. Chats too long for the model are left
+    out.
 
     Raises:
         ValueError: every chat is too long.
     """
     rows = [Row(i, "", c.prompt, c.completion) if c.text is None else None for i, c in enumerate(chats)]
-    answered: dict[int, tuple[str, bool]] = {}
-    for tokens in sorted({chat.tokens for chat in chats}):
-        silent = [r for r in rows if r is not None and r.completion is None and chats[r.index].tokens == tokens]
-        answers = generate(
-            network,
-            encoder.tokenizer,
-            [encoder.prompt_ids(row, instructed=False) for row in silent],
-            max_new_tokens=tokens,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
-        answered |= {row.index: answer for row, answer in zip(silent, answers, strict=True)}
+    silent = [row for row in rows if row is not None and row.completion is None]
+    answers = generate(
+        network,
+        encoder.tokenizer,
+        [encoder.prompt_ids(row, instructed=False) for row in silent],
+        max_new_tokens=answer_tokens,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+    answered = {row.index: answer for row, answer in zip(silent, answers, strict=True)}
     sequences, kept, prompts = [], [], []
     for row, chat in zip(rows, chats, strict=True):
         if row is None:

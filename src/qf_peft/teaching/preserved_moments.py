@@ -20,8 +20,8 @@ from ..forward.scratch import Scratch
 from ..forward.unembedding import head_inputs
 from ..solve.second_moment import SecondMoment
 from .arguments import QFTrainingArguments
-from .constants import FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SHORT_ANSWER_TOKENS, SINK, SINK_WEIGHT, WRITTEN
-from .generic_prompts import FACTUAL, OPEN, PLAIN
+from .constants import BRIEF_ANSWER_TOKENS, FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SINK, SINK_WEIGHT, WRITTEN
+from .generic_prompts import BRIEF, FACTUAL, OPEN, PLAIN
 from .preserved_cache import cached
 from .preserved_chats import Chat, answered_chats, write_chats
 
@@ -70,10 +70,11 @@ def preserved_moments(
     names = sorted(modules)
 
     def make() -> PreservedMoments:
-        kept = (
-            chats if chats is not None else _dealt(general_chats(), write_chats(network, encoder, own, seed, progress))
-        )
-        return _measure(network, encoder, modules, kept, batch_tokens, progress)
+        kept, brief = chats, []
+        if kept is None:
+            kept = _dealt(general_chats(), write_chats(network, encoder, own, seed, progress))
+            brief = [Chat(prompt) for prompt in BRIEF]
+        return _measure(network, encoder, modules, (kept, brief), batch_tokens, progress)
 
     def unpack(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> PreservedMoments:
         moments = _MomentsInFile(tensors, {name: header["counts"][name] for name in names})
@@ -84,8 +85,7 @@ def preserved_moments(
 
 def general_chats() -> list[Chat]:
     """The prompts and texts that are preserved by default, whatever the model."""
-    short = [Chat(prompt, tokens=SHORT_ANSWER_TOKENS) for prompt in FACTUAL]
-    return short + [Chat(prompt) for prompt in OPEN] + [Chat(None, text=text) for text in PLAIN]
+    return [Chat(prompt) for prompt in (*FACTUAL, *OPEN)] + [Chat(None, text=text) for text in PLAIN]
 
 
 def own_chats(network: nn.Module) -> int:
@@ -106,12 +106,18 @@ def _measure(
     network: nn.Module,
     encoder: Encoder,
     modules: Mapping[str, nn.Module],
-    chats: list[Chat],
+    chats: tuple[list[Chat], list[Chat]],
     batch_tokens: int,
     progress: Callable[[int], None],
 ) -> PreservedMoments:
-    sequences, answers, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
+    """The moments of chats, a part of which is held out, and of chats answered briefly, none of which is: how far their
+    first tokens diverge says little of others."""
+    kept, brief = chats
+    sequences, answers, prompts = answered_chats(network, encoder, kept, batch_tokens, progress)
     held = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or ({len(sequences) - 1} if len(sequences) > 1 else set())
+    if brief:
+        more = answered_chats(network, encoder, brief, batch_tokens, progress, BRIEF_ANSWER_TOKENS)
+        sequences, answers, prompts = sequences + more[0], answers + more[1], prompts + more[2]
     solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in held]
     options = {"batch_tokens": batch_tokens, "pad_id": encoder.tokenizer.pad_token_id}
     points = {name: Point(module, "input") for name, module in modules.items()}
