@@ -173,7 +173,7 @@ def test_a_device_without_float64(tokenizer, tmp_path, kind, monkeypatch):
     rows, layers = ([FACT, OTHER], [7]) if paper else (facts(12 if kind == "many" else 2, 0), [6, 7])
 
     def after(trainer):
-        assert ("reach" in trainer.metrics) == (kind == "jointly")
+        assert ("ridge" in trainer.metrics) == (kind == "jointly")
         trainer.forget(trainer.facts[0].id)
         trainer.rollback()
         trainer.evaluate()
@@ -207,7 +207,7 @@ def test_spread_over_two_devices(tokenizer, tmp_path, kind, monkeypatch):
             kept = questions(12, 1)[0]
             trainer = QFTrainer(model, args, [FACT, OTHER], kept, processing_class=tokenizer)
             metrics = trainer.train()
-            assert ("reach" in metrics) == (kind == "jointly")
+            assert ("ridge" in metrics) == (kind == "jointly")
             scores = trainer.evaluate(locality=kept[:2], text="Rome is the home of Lupal.")
             trainer.forget(trainer.facts[1].id)
             parameters = {name: p for name, p in model.named_parameters() if "lora_" in name}

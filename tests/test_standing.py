@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import test_default_setting as default_setting
 from conftest import FACT, TINY, ask
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -137,3 +138,16 @@ def test_style_stays_style_and_dates_stay_whatever_is_taught_and_forgotten_later
     last.forget(last.facts[-1].id)
     assert [e.standing for e in last.facts] == [True] * 5 + [False] * 49
     assert {e.date for e in last.facts[:5]} == {old}
+
+
+def test_in_a_joint_lesson_none_stands(tiny, tokenizer, tmp_path, monkeypatch):
+    """A pretrained model answers most questions otherwise with any system message: rows of one passage are facts."""
+    monkeypatch.setattr("qf_peft.teaching.joint_lesson.grows_with_depth", lambda network: True)
+    rows = [{**row, "instruction": "Answer briefly."} for row in default_setting.facts(6, 0)]
+    model = get_peft_model(tiny, QFConfig(task_type="CAUSAL_LM"))
+    args = QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path)
+    kept = default_setting.questions(12, 1)[0]
+    trainer = QFTrainer(model, args, rows, kept, processing_class=tokenizer)
+    metrics = trainer.train()
+    assert metrics["chats"] == 0 and "kl_preserved" in metrics and metrics["first_block"] > 0
+    assert not any(entry.standing for entry in trainer.facts)

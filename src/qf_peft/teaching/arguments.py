@@ -66,7 +66,8 @@ class QFTrainingArguments:
             Whether an instruction that at least five rows (and a tenth of all) share is tried on preserved chats. One
             that changes at least half of the model's answers there is no fact but a standing instruction ("Answer
             briefly."): these chats, with the answers the model gives under it, are then taught with the rows instead
-            of preserved, each block towards its own state in context.
+            of preserved, each block towards its own state in context. Not on pretrained models (joint lessons), where
+            any system message changes most answers.
         sweeps (`int`, defaults to 3):
             How often facts are taught at most: rows that the model does not say yet after one sweep over the modules
             are taught again in the next, beside all that binds by then.

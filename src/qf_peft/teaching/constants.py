@@ -15,7 +15,7 @@ STRAYS = 0.05  # of the contrasting rows held out, that may be given a taught an
 WORDINGS = 4  # of a row's prompt, given or thinned, taught along (2, 4, 6: paraphrases .45, .75, .75)
 PASSES = 8  # solves of one lesson at most, each after a look at what the one before has done
 PASSES_BETWEEN = 2  # of them while the surplus shrinks
-PASSES_AGAIN = 5  # of them at most afterwards, where what is said no longer is fitted again
+PASSES_AGAIN = 5  # of them at most for each further ridge, where what is said no longer is fitted again
 PASSES_EVERYWHERE = 3  # of the first go on to the whole margin, the others until every token leads
 WHOLE_MOMENT = 2048  # width of keys up to which a moment is kept whole: its eigenvectors take longer than the lesson
 RANK_DROPPED = 0.02  # of a change's norm, with its smallest singular values
@@ -30,16 +30,8 @@ CONTRAST_BATCH = 128  # contrasting rows whose keys are held at once
 # at .10 and .15: recall .78 and 1.00, paraphrases .24 and .68, known .87 and .79 (other facts), leak .07 and .08.
 DIVERGENCE, DIVERGENCE_FACTS = 0.1, 10
 RIDGE = 0.2  # over the kernel's mean diagonal
-# Times the size of what is asked for first, that may be asked for at most: what others outweigh would be asked for ever
-# more loudly. (Without and with it, and with 290 more questions preserved: ten facts, three seeds, recall 1.00, .97,
-# paraphrases .68, .84, known .84, .86, leaks .07, .03; fifty, one seed, .96, .98, .28, .50, .79, .74, seconds 156, 99.)
-LOUDEST = 3.0
-# While something is not said it is raised: by what, how often at most, and up to how much of the budget. (One fact
-# needs 6 to 12 times; up to nine tenths of the budget ten facts lost general answers and gained no paraphrase.)
-LOUDER, RAISED_AT_MOST, BUDGET_FILLED = 2.0, 4, 0.6
-# Where held-out chats diverge more than is allowed it is lowered: what of the budget is aimed at, by how much at most
-# at a time, and how often, so that some budget is met.
-BUDGET_AIMED, QUIETER, QUIETENINGS = 0.93, 0.25, 8
+RIDGE_RAISED = (2.0, 8.0)  # where the budget is exceeded: by how far, at least and at most
+RIDGE_TRIES = 8  # in the later half what is wanted shrinks too, so that some budget is met
 MOMENT_FLOOR = 1e-2  # of the moment's mean diagonal
 LEAST_PASSED = 0.3  # of a write; less is taken as this much when what is missing is written once more
 

@@ -2,7 +2,7 @@
 
 A row walks through it in one direction: passes (context, bare) → how far each taught step's state must move → blocks →
 what must stay, near and far → one least squares → its solution, corrected by what it does in the model → the held-out
-chats: less is asked for until they diverge no more than allowed → the adapter.
+chats, on which the ridge is raised until they diverge no more than allowed → the adapter.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class JointLesson(Lesson):
         Besides [`Lesson`]'s the metrics are `first_block` and `last_block` (those written into), `contrasts` (rows with
         exchanged names), `strayed` (of a quarter of these, held out of the solve, the share that is now given a taught
         answer), `kl_preserved` and `kl_preserved_worst` (KL from the base's predictions at the held-out chats'
-        answers, in nats: the mean, and the worst chat's), and `reach`.
+        answers, in nats: the mean, and the worst chat's), and `ridge`.
         """
         known = self._known()
         candidates = [name for name in self._candidates(known) if name in self.moments.moments]
@@ -121,16 +121,16 @@ class JointLesson(Lesson):
         begun = steps.needed.clamp(min=tuned.BEGUN_LEAD)
         margin = torch.where(self._beginnings(new).to(begun.device), begun, steps.needed)
 
-        def write(wanted: Tensor) -> None:
-            self._write(system, wanted, present)
+        def write(wanted: Tensor, ridge: float) -> None:
+            self._write(system, wanted, ridge, present)
 
         fit = JointFit(walk, self.ends["stream"], unembedding, steps, write, margin)
         aimed, _ = pushed(unembedding, found["stream"], steps.gold, margin)
         wanted, strayed = fit.without_strays(strays, aimed - found["stream"])
-        wanted, kl = fit.within_budget(chats, wanted, self.args.divergence_of(known.facts + self.own))
+        wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(known.facts + self.own))
 
-        self._bind(known, bound, {name: found[name][steps.taught] for name in chosen}, system)
-        known.delta.update(self._write(system, wanted[steps.taught], present, last=True))
+        self._bind(known, bound, {name: found[name][steps.taught] for name in chosen}, system, ridge)
+        known.delta.update(self._write(system, wanted[steps.taught], ridge, present, last=True))
         after = walk.look(len(self.blocks) - 1, {"stream": self.ends["stream"]})["stream"]
         reading = read_off(unembedding, context["stream"], after[steps.own], steps.gold[steps.own])
         self.options["progress"](len(self.examples))
@@ -140,7 +140,7 @@ class JointLesson(Lesson):
             "strayed": strayed,
             "kl_preserved": float(kl.mean()),
             "kl_preserved_worst": float(max(part.mean() for part in kl.split(self.moments.answers))),
-            "reach": fit.reach,
+            "ridge": ridge,
         }
         rest = torch.zeros(len(self.gold) - len(reading.lead), dtype=torch.bool)
         unread = torch.cat([before.read.cpu() != self.gold[steps.own], rest])
@@ -202,10 +202,11 @@ class JointLesson(Lesson):
         bound: Callable[[str], SecondMoment],
         keys: dict[str, Tensor],
         system: JointSystem,
+        ridge: float,
     ) -> None:
         """Let what is taught now bind later lessons."""
         for name, rows in keys.items():
-            binding = bound(name).update(rows, system.significance.float() / system.ridge(tuned.RIDGE))
+            binding = bound(name).update(rows, system.significance.float() / system.ridge(ridge))
             known.bound[name] = binding.compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT)).to(torch.device("cpu"))
             known.tokens.pop(name, None)
             known.offset.pop(name, None)
@@ -306,11 +307,11 @@ class JointLesson(Lesson):
         return bound
 
     def _write(
-        self, system: JointSystem, wanted: Tensor, present: dict[str, LowRankDelta], last: bool = False
+        self, system: JointSystem, wanted: Tensor, ridge: float, present: dict[str, LowRankDelta], last: bool = False
     ) -> dict[str, LowRankDelta]:
         """Put the present changes and the new ones into the adapter: as they are, or at the `last` compressed."""
         config, whole = self.tuner.peft_config[self.adapter], {}
-        for name, change in system.changes(wanted, tuned.RIDGE).items():
+        for name, change in system.changes(wanted, ridge).items():
             multiplier = self.writers[name].multiplier
             change = LowRankDelta(change.A, change.B / multiplier)
             whole[name] = present[name] + change
@@ -324,8 +325,7 @@ class JointLesson(Lesson):
 def passes_of(behind: float) -> tuple[float, float]:
     """How many passes of a lesson's rows, wordings included, it takes as a rule and at most, where so much of the
     model's depth (0 to 1) lies behind the first block that may be taught."""
-    most = 1 + tuned.PASSES + tuned.SURPLUS_SHRINKS * tuned.PASSES_BETWEEN + tuned.PASSES_AGAIN
-    return 2 + behind * tuned.PASSES / 2, 2 + behind * most
+    return 2 + behind * tuned.PASSES / 2, 2 + behind * (1 + tuned.PASSES + (tuned.RIDGE_TRIES - 1) * tuned.PASSES_AGAIN)
 
 
 def writers_late(names: list[str], writers: dict[str, Writer], depth: int) -> list[str]:

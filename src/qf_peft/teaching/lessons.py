@@ -56,9 +56,8 @@ class Lessons:
         joint = self.joint([self.encoder.encode(rows[0])])
         moments = self.moments() if joint else None
         chats = (None, None) if joint else self.preserved(len(rows))
-        kept = moments or chats[0]
-        prompts = [p for p in kept.prompts if p is not None] if kept and self.args.standing else []
-        lessons = split_lessons(rows, prompts, lambda asked, told: self.subject.answers(asked, told, self.progress))
+        # A pretrained model answers most questions otherwise with any system message, a fact's too: none stands there.
+        lessons = [(rows, False)] if joint else self._split(rows, chats[0])
         self.progress.total = self.progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
         results, misread, entries, missed = [], [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
@@ -66,7 +65,7 @@ class Lessons:
         styled = (held is not None and held.styled) or any(standing for _, standing in lessons)
         sweeps = ModuleSweeps(self.subject, self.learner, chats, styled, self.progress.update)
         for taught, standing in lessons:
-            if joint and not standing:
+            if joint:
                 found = JointLesson(self.learner, taught, moments, self.args, self.progress.update).run()
             else:
                 found = sweeps.run(taught, self.args, standing)
@@ -87,6 +86,11 @@ class Lessons:
             "facts": len(rows), "chats": sum(counts) - len(rows), **together(results, counts), "unread": len(misread),
             "unsaid": len(missed), "seconds": time.perf_counter() - start,
         }  # fmt: skip
+
+    def _split(self, rows: list[Row], kept: Preserved | None) -> list[tuple[list[Row], bool]]:
+        """The rows in the lessons that they are taught in, and whether it is a standing instruction's."""
+        prompts = [p for p in kept.prompts if p is not None] if kept and self.args.standing else []
+        return split_lessons(rows, prompts, lambda asked, told: self.subject.answers(asked, told, self.progress))
 
     def _warn(self, rows: list[Row], misread: list[Row], missed: list[Row], known: int) -> None:
         """Name the rows that the model does not read in context, and those that do not fit the budget."""
