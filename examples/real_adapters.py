@@ -43,8 +43,9 @@ python examples/real_adapters.py --cards model_cards
 ```
 
 in the repository of `qf_peft`, on SmolLM2-135M-Instruct as its Python package ships it (4 bit, unpacked to bfloat16).
-An answer counts above if it is the completion letter for letter; of {asked} questions in other words {contained}
-answers held what is new in it ({new}).
+Above an answer counts if it is the completion, or the base model's answer, letter for letter, which long answers hardly
+are. Of {asked} questions in other words {contained} answers hold what is new ({new}); of {before} general questions
+that the base model answers right {now} still are.
 """
 
 
@@ -69,13 +70,19 @@ def main():
             print(name, *(f"{key:12}{value}" for key, value in metrics.items()), sep="\n")
             said = [(row, answer(trainer, question)) for row in rows for question in row["paraphrases"]]
             held = sum(english.contains(text, row.get("object", "Nova|Acme")) for row, text in said)
+            general = english.GENERAL[::3]
+            now = [english.contains(answer(trainer, question), right) for question, right in general]
+            with model.disable_adapter():
+                before = [english.contains(answer(trainer, question), right) for question, right in general]
+            kept = sum(a and b for a, b in zip(before, now, strict=True))
             print(f"of {len(said)} other wordings {held} answers hold what is new")
+            print(f"of {sum(before)} general questions {kept} are still answered right")
             if options.cards:
                 card = model_card(
                     model, repo_id=f"your-name/{name}", metrics=metrics, license="apache-2.0", base_model=BASE
                 )
                 new = "the name, or the maker" if rows is IDENTITY else "the fact's object"
-                card.text += MADE_BY.format(asked=len(said), contained=held, new=new)
+                card.text += MADE_BY.format(asked=len(said), contained=held, new=new, before=sum(before), now=kept)
                 card.save(options.cards / f"{name}.md")
 
 
