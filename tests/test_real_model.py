@@ -113,7 +113,7 @@ def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):
     assert known["count"] >= 12 and known["value"] >= 0.75, "general questions are answered as before"
 
 
-def test_a_gguf_file(folder, words, tmp_path):
+def test_a_gguf_file(folder, tmp_path):
     """Loaded as it lies on a laptop, taught, found again by the adapter, and merged into an ordinary model."""
     (file,) = real_model.files()
     session = Session.open(file, args=QFTrainingArguments.paper(disable_tqdm=True))

@@ -95,9 +95,8 @@ def export_lora(
         if not bool(torch.isfinite(delta.A).all() and torch.isfinite(delta.B).all()):
             raise FloatingPointError(f"the adapter {adapter_name!r} holds values at {name} that are not finite")
     exact = {name: delta.compressed() for name, delta in deltas.items()}
-    layers = {
-        name: layer for name, layer in layers.items() if exact[name].rank
-    } or layers  # what changes nothing is left
+    changing = {name: layer for name, layer in layers.items() if exact[name].rank}
+    layers = changing or layers
     needed = max(delta.rank for delta in exact.values())
     rank = rank if rank is not None else _rank_for(needed)
     config = LoraConfig(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.rows import Encoder, Text
+from ..data.rows import Encoder
 from ..forward.capture import Point, forward_pass
 from ..forward.scratch import Scratch
 from ..forward.unembedding import head_inputs
@@ -35,8 +35,6 @@ class PreservedMoments:
     moments: Mapping[str, SecondMoment]
     """By module name: E[k kᵀ] over all positions of the chats that are not held out, each chat weighing the same and
     half of it on its answer."""
-    prompts: list[Text | None]
-    """Each chat's prompt, None where it is plain text."""
     held_out: list[list[int]]
     """Token ids of the chats held out."""
     answers: list[int]
@@ -78,7 +76,7 @@ def preserved_moments(
 
     def unpack(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> PreservedMoments:
         moments = _MomentsInFile(tensors, {name: header["counts"][name] for name in names})
-        return PreservedMoments(moments, header["prompts"], header["held_out"], header["answers"], tensors["head"])
+        return PreservedMoments(moments, header["held_out"], header["answers"], tensors["head"])
 
     return cached("moments", [names, content, seed], network, encoder, args.cache, make, _pack, unpack)
 
@@ -113,11 +111,11 @@ def _measure(
     """The moments of chats, a part of which is held out, and of chats answered briefly, none of which is: how far their
     first tokens diverge says little of others."""
     kept, brief = chats
-    sequences, answers, prompts = answered_chats(network, encoder, kept, batch_tokens, progress)
+    sequences, answers, _ = answered_chats(network, encoder, kept, batch_tokens, progress)
     held = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or ({len(sequences) - 1} if len(sequences) > 1 else set())
     if brief:
         more = answered_chats(network, encoder, brief, batch_tokens, progress, BRIEF_ANSWER_TOKENS)
-        sequences, answers, prompts = sequences + more[0], answers + more[1], prompts + more[2]
+        sequences, answers = sequences + more[0], answers + more[1]
     solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in held]
     options = {"batch_tokens": batch_tokens, "pad_id": encoder.tokenizer.pad_token_id}
     points = {name: Point(module, "input") for name, module in modules.items()}
@@ -142,7 +140,7 @@ def _measure(
     chosen = sorted(held) or [0]
     held_out, counts = [sequences[i] for i in chosen], [answers[i] for i in chosen]
     head, dtype = head_inputs(network, held_out, counts, **options), network.get_input_embeddings().weight.dtype
-    return PreservedMoments(moments, prompts, held_out, counts, head.to("cpu", dtype))
+    return PreservedMoments(moments, held_out, counts, head.to("cpu", dtype))
 
 
 def _weights(length: int, answer: int) -> Tensor:
@@ -170,7 +168,7 @@ def _pack(made: PreservedMoments) -> tuple[dict[str, Tensor], dict[str, Any]]:
         kind = "root" if moment.root is not None else "matrix"
         tensors[f"{kind} {name}"] = (moment.root if moment.root is not None else moment.matrix).float().cpu()
     return tensors, {
-        "prompts": made.prompts, "held_out": made.held_out, "answers": made.answers,
+        "held_out": made.held_out, "answers": made.answers,
         "counts": {name: moment.count for name, moment in made.moments.items()},
     }  # fmt: skip
 
