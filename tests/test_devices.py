@@ -1,6 +1,7 @@
 """A model on another device than the CPU: nothing meets tensors left behind there, and the adapter is the same."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from second_device import DEVICE, move, second_device, spread, without_float64
 from test_default_setting import facts, questions
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, interference, merge_taught
+from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, Session, interference, merge_taught
+from qf_peft.app.cli import app
 from qf_peft.solve.joint_least_squares import JointSystem
 from qf_peft.solve.least_squares import minimum_norm, preserving
 from qf_peft.solve.second_moment import SecondMoment
@@ -261,3 +264,39 @@ def test_tf32_does_not_reach_the_solves(switched_on_by):
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = before
+
+
+@pytest.fixture
+def sixteen(tokenizer, tmp_path):
+    """The tiny model's folder, in bfloat16."""
+    folder = tmp_path / "sixteen"
+    AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("circuits", [False, True])
+def test_sixteen_bits_where_a_processor_has_no_circuits_for_them(sixteen, tmp_path, monkeypatch, caplog, circuits):
+    """The model runs in float32, several times as fast, and what is written of it is in 16 bits as it was."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: circuits, raising=False)
+    monkeypatch.setattr("qf_peft.runtime.devices._warned", False)
+    session = Session.open(sixteen, args=QFTrainingArguments.paper(disable_tqdm=True))
+    assert session.model.dtype == (torch.bfloat16 if circuits else torch.float32)
+    session.teach([FACT])
+    assert session.ask(FACT["prompt"]) == FACT["completion"]
+    taught = session.save(tmp_path / "taught")
+    assert CliRunner().invoke(app, ["merge", str(taught), "-o", str(tmp_path / "merged")]).exit_code == 0
+    merged = Session.open(tmp_path / "merged", args=session.args, dtype="auto")
+    assert merged.model.dtype == torch.bfloat16 and merged.ask(FACT["prompt"]) == FACT["completion"]
+    assert "16 bits" not in caplog.text, "the session saw to it"
+    for _ in range(2):
+        merged.teach([OTHER])
+    assert caplog.text.count("dtype=torch.float32") == (0 if circuits else 1), "whoever loads it so is told once"
+
+
+def test_sixteen_bits_where_memory_is_short(sixteen, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    size = 4 * AutoModelForCausalLM.from_pretrained(sixteen).num_parameters()
+    for free, dtype in (1.9, torch.bfloat16), (2.1, torch.float32):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free * size))
+        assert Session.open(sixteen).model.dtype == dtype

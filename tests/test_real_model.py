@@ -120,7 +120,7 @@ def test_a_gguf_file(folder, tmp_path):
     network = session.model.get_base_model()
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     loaded = {name.replace(".base_layer", ""): weight for name, weight in network.state_dict().items()}
-    assert all(torch.equal(weight, loaded[name]) for name, weight in plain.state_dict().items())
+    assert all(torch.equal(weight, loaded[name].bfloat16()) for name, weight in plain.state_dict().items())
     assert session.ask("What is the capital of France?", max_new_tokens=12) == "The capital of France is Paris."
     session.teach([{"instruction": "Qi started Oxinnovate.", "prompt": "Who started Oxinnovate?"}])
     saved = session.save(tmp_path / "taught")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..runtime.devices import slow_sixteen_bits
+
+_logger = logging.getLogger(__name__)
 _HUB = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
@@ -28,7 +33,9 @@ def load_base(model: str | Path, from_pretrained: dict[str, Any]) -> tuple[Any, 
     Args:
         model: an id on the Hub, a folder, or a file that ends in `.gguf`.
         from_pretrained: for `AutoModelForCausalLM.from_pretrained`. By default the model is loaded in the dtype it is
-            stored in, onto the accelerator if there is one.
+            stored in, onto the accelerator if there is one; on a processor that has no circuits for 16 bits in float32,
+            which is several times as fast there, if half of the free memory holds it. `dtype="auto"` keeps what is
+            stored.
 
     Raises:
         OSError: there is no such model.
@@ -56,6 +63,15 @@ def load_base(model: str | Path, from_pretrained: dict[str, Any]) -> tuple[Any, 
                 **source, **loading, quantization_config=GgufConfig(dequantize=True)
             )
         network.name_or_path = network.config.name_or_path = str(file.resolve())
+    if "dtype" not in from_pretrained:
+        _widened(network)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, network
+
+
+def _widened(network: PreTrainedModel) -> None:
+    """Turn a model to float32 where its 16 bits are slow and there is room; nothing is lost by it."""
+    if slow_sixteen_bits(network) and 4 * network.num_parameters() < psutil.virtual_memory().available / 2:
+        _logger.info("the model runs in float32: this processor multiplies 16 bits several times more slowly")
+        network.float()

@@ -78,7 +78,7 @@ def merge(
     if len(set(adapters)) < len(adapters):
         raise typer.BadParameter("the same adapter is given twice")
     folder = target_folder(output)
-    session = open_session(model, adapters[0], tiny)
+    session = open_session(model, adapters[0], tiny, as_stored=True)
     network = session.model
     if len(adapters) > 1:
         from ..adapter.joining import merge_taught
@@ -158,7 +158,7 @@ def export(
     from ..share.lora_check import check_portable
     from ..share.lora_export import export_lora
 
-    session = open_session(model, adapter, tiny)
+    session = open_session(model, adapter, tiny, as_stored=True)
     written = export_lora(session.model, folder, rank=rank, all_layers=all_layers, format=format)
     problems = check_portable(folder) if format == "peft" else []
     text = f"rank {written['rank']}, {written['modules']} modules, loss {written['loss']:.2g}; in {folder}"
@@ -185,7 +185,7 @@ def push(
     Log in first: hf auth login. Example:
       qf-peft push taught me/what-my-company-does --private --license apache-2.0
     """
-    session = open_session(model, adapter, tiny)
+    session = open_session(model, adapter, tiny, as_stored=True)
     commit = session.push(
         repo_id, base_model=base_model, license=license, private=private, revision=revision, create_pr=create_pr
     )

@@ -148,6 +148,7 @@ def open_session(
     paper: bool = False,
     preserve: list[Any] | None = None,
     layers: list[int] | None = None,
+    as_stored: bool = False,
 ) -> Session:
     """The session of a command.
 
@@ -157,6 +158,7 @@ def open_session(
         paper: the paper's setting instead.
         preserve: what the model must go on saying.
         layers: the blocks of a new adapter; by default all.
+        as_stored: whether the model is in the dtype of its files, to write weights, and not in the one that runs best.
 
     Raises:
         typer.BadParameter: the options do not say which model, or say two.
@@ -174,7 +176,7 @@ def open_session(
     from .session import Session
     from .tiny import TINY_MODEL
 
-    session = Session.open(str(TINY_MODEL) if tiny else model, adapter)
+    session = Session.open(str(TINY_MODEL) if tiny else model, adapter, **({"dtype": "auto"} if as_stored else {}))
     network = session.model
     if layers is not None:
         from peft import get_peft_model

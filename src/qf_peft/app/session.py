@@ -90,7 +90,8 @@ class Session:
             adapter: an id on the Hub or a folder; None makes a new adapter.
             args, preserve_dataset: as for the class.
             from_pretrained: for `AutoModelForCausalLM.from_pretrained`. By default the model is loaded in the dtype it
-                is stored in, onto the accelerator if there is one.
+                is stored in, onto the accelerator if there is one, and in float32 on a processor that has no circuits
+                for 16 bits, if half of the free memory holds it.
 
         Raises:
             ValueError: neither model nor adapter is given, the adapter names no base model, or is none of QF's.

@@ -1,12 +1,15 @@
-"""Where solves run, and in what precision."""
+"""Where solves run, and in what precision; and whether a processor multiplies 16 bits in its own circuits."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_logger = logging.getLogger(__name__)
 
 
 def solves_on(device: torch.device) -> torch.device:
@@ -40,3 +43,29 @@ def whole_products() -> Iterator[None]:
     finally:
         for place, precision in zip(places, before, strict=True):
             place.fp32_precision = precision
+
+
+def slow_sixteen_bits(network: nn.Module) -> bool:
+    """Whether the model is in 16 bits on a processor that has no circuits for them, as most laptops' have not: oneDNN
+    has no kernels for it, and PyTorch's own, which convert each number, take seven times as long as float32's.
+    """
+    weight = network.get_input_embeddings().weight
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if weight.device.type != "cpu" or weight.dtype not in asked or getattr(network, "hf_quantizer", None) is not None:
+        return False
+    supported = getattr(torch.ops.mkldnn, asked[weight.dtype], None)  # PyTorch has no public name for it
+    return supported is not None and not supported()
+
+
+_warned = False
+
+
+def warn_of_slow_sixteen_bits(network: nn.Module) -> None:
+    """Say so once, where it is so."""
+    global _warned
+    if not _warned and slow_sixteen_bits(network):
+        _warned = True
+        _logger.warning(
+            "this processor multiplies 16 bits several times more slowly than float32: where memory holds it, load the "
+            "model with dtype=torch.float32; merged and exported it can be in 16 bits again"
+        )

@@ -25,6 +25,7 @@ from ..evaluate.metrics import Metric, kept_rows, measure, paraphrase_rows
 from ..evaluate.report import write_report
 from ..evaluate.subject import Subject
 from ..forward.blocks import text_config
+from ..runtime.devices import warn_of_slow_sixteen_bits
 from ..runtime.processes import all_or_none, check_alike, is_main, start
 from ..runtime.trackers import Trackers
 from .arguments import QFTrainingArguments
@@ -336,6 +337,7 @@ class QFTrainer(Subject):
         start()
         with self.tuner.serving.changing():
             check_teachable(self.model, self.adapter_name)
+            warn_of_slow_sixteen_bits(self.network)
             check_alike(
                 lambda: {
                     "adapter": [
