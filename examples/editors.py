@@ -2,7 +2,7 @@
 
 `with solving_by(alphaedit): trainer.train()` teaches by one of them. Each gets
 
-- `bound`: P, the moment of what binds besides (keys taught before, and a small ridge ε in its `floor`); the new keys
+- `bound`: P, the moment of what binds besides (keys taught before, and a small ridge ε in its `ridge`); the new keys
   are added to it, so that they bind the lessons that follow where the editor lets them;
 - `new`: the keys Y, residuals R and weights s of what is taught;
 - `stays`: the preserved keys K, with their weights, and in `residual` what brings their outputs back.
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qf_peft.solve.least_squares import LowRankDelta, TaughtTokens, beside
+from qf_peft.solve.least_squares import LowRankDelta, TaughtTokens, recursive_update
 from qf_peft.solve.second_moment import SecondMoment
 from qf_peft.teaching.module_lesson import ModuleLesson
 
@@ -29,7 +29,7 @@ def alphaedit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> Lo
     ΔW = Rᵀ S Y Q (Q Yᵀ S Y Q + Q B Q + ε I)⁻¹, where B is the moment of the keys taught before.
 
     Args:
-        bound: B, with ε > 0 in its `floor`; the new keys are added to it.
+        bound: B, with ε > 0 in its `ridge`; the new keys are added to it.
         new: Y, R and s.
         stays: the preserved keys.
     """
@@ -53,8 +53,10 @@ def alphaedit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> Lo
     else:
         half = projected(bound.matrix.to(new.keys.device))
         inside.root, inside.matrix = None, projected(half.T)
-    inside.floor = bound.floor
-    change = beside(inside, TaughtTokens(projected(new.keys).to(new.keys.dtype), new.residual, new.significance))
+    inside.ridge = bound.ridge
+    change = recursive_update(
+        inside, TaughtTokens(projected(new.keys).to(new.keys.dtype), new.residual, new.significance)
+    )
     bound.update(new.keys, new.significance)
     return change
 
@@ -63,9 +65,9 @@ def memit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> LowRan
     """MEMIT's ΔW = Rᵀ S Y (Yᵀ S Y + λ C + ε I)⁻¹ (arXiv 2210.07229), where λ C is the preserved keys' weighted moment.
     Keys taught before do not bind: MEMIT's C is the pretrained model's alone."""
     alone = SecondMoment(bound.width).update(stays.keys, stays.significance)
-    alone.floor = bound.floor
+    alone.ridge = bound.ridge
     bound.update(new.keys, new.significance)
-    return beside(alone, new)
+    return recursive_update(alone, new)
 
 
 def rlsedit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> LowRankDelta:
@@ -74,8 +76,8 @@ def rlsedit(bound: SecondMoment, new: TaughtTokens, stays: TaughtTokens) -> LowR
     ones. So P begins as μ I + λ C, and each lesson is a step P ← P + Yᵀ S Y with ΔW = Rᵀ S Y P⁻¹ for what is new."""
     if not bound.count:  # the first lesson
         bound.update(stays.keys, stays.significance)
-        bound.floor += _SHRINKING * bound.trace / bound.width
-    return beside(bound, new)
+        bound.ridge += _SHRINKING * bound.trace / bound.width
+    return recursive_update(bound, new)
 
 
 class UltraEdit:
@@ -102,9 +104,9 @@ class UltraEdit:
         hidden, wished = ((both - mean) / deviation).split([width, both.shape[1] - width], dim=1)
         values = self.rate * hidden.square().sum(1, keepdim=True) * wished
         identity = SecondMoment(width)
-        identity.floor = 1.0
+        identity.ridge = 1.0
         bound.update(new.keys, new.significance)
-        return beside(identity, TaughtTokens(keys, values, torch.ones(len(keys), device=keys.device)))
+        return recursive_update(identity, TaughtTokens(keys, values, torch.ones(len(keys), device=keys.device)))
 
     def _statistics(self, module: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The running mean and standard deviation of a module's rows (n, d), these included: (d) each."""

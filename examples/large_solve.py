@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from qf_peft.forward.scratch import Scratch
-from qf_peft.solve.least_squares import TaughtTokens, beside
+from qf_peft.solve.least_squares import TaughtTokens, recursive_update
 from qf_peft.solve.second_moment import SecondMoment
 
 
@@ -50,7 +50,7 @@ def main():
     kept, residual = rows(scratch, options.tokens - half, options.inputs, options.outputs, 2)
     stays = TaughtTokens(kept, residual.zero_(), torch.ones(len(kept)))
     bound, peak, start = SecondMoment(options.inputs), 0.0, time.perf_counter()
-    bound.floor = 1e-3 * half
+    bound.ridge = 1e-3 * half
     original = SecondMoment.update
 
     def watched(self, *arguments):
@@ -61,7 +61,7 @@ def main():
         return result
 
     SecondMoment.update = watched
-    change = beside(bound, taught, stays)
+    change = recursive_update(bound, taught, stays)
     peak = max(peak, anonymous())
     seconds = time.perf_counter() - start
     # Q ΔWᵀ = Yᵀ R at some of ΔW's rows, whichever form the solve took.
@@ -72,7 +72,7 @@ def main():
         for p in (slice(f, f + 2048) for f in range(0, half, 2048))
     )
     moment = bound.matrix if bound.matrix is not None else bound.root.double().T @ bound.root.double()
-    left = (moment @ found + bound.floor * found - wanted).norm() / wanted.norm()
+    left = (moment @ found + bound.ridge * found - wanted).norm() / wanted.norm()
     print(f"{seconds:.0f} s, {peak / 1000:.1f} GB, normal equations met to {float(left):.0e} (relative)")
 
 

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from qf_peft import TINY_MODEL, QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.data.rows import Encoder, read_rows
-from qf_peft.solve.least_squares import beside
+from qf_peft.solve.least_squares import recursive_update
 
 ALPHA_EDIT = dict(
     target="context", margin=None, significance="rows", remeasure=0, contrast_chats=0, sweeps=1, rehearse=0.0,
@@ -39,7 +39,7 @@ ALPHA_EDIT = dict(
 class Learner:
     """A model that is taught in batches, by QF."""
 
-    def __init__(self, bench, kept, forgetful=False, solve=beside, **settings):
+    def __init__(self, bench, kept, forgetful=False, solve=recursive_update, **settings):
         self.bench, self.kept, self.forgetful, self.solve = bench, kept, forgetful, solve
         self.args = QFTrainingArguments(disable_tqdm=True, cache_dir=bench.cache, **settings)
         self.model = get_peft_model(bench.base(), QFConfig(task_type="CAUSAL_LM"))

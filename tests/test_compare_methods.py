@@ -125,9 +125,9 @@ def weighted(part):
     return (part.keys * part.significance[:, None]).T.double() @ part.keys.double()
 
 
-def floored(width, floor=0.3):
+def ridged(width, ridge=0.3):
     moment = SecondMoment(width)
-    moment.floor = floor
+    moment.ridge = ridge
     return moment
 
 
@@ -139,14 +139,14 @@ def test_memit_and_rlsedit_follow_their_formulas():
         return (part.residual * part.significance[:, None]).T.double() @ part.keys.double()
 
     eye = torch.eye(12).double()
-    bound = floored(12)
+    bound = ridged(12)
     first = memit(bound, new, stays).dense().double()
     assert torch.allclose(first, cross(new) @ torch.linalg.inv(weighted(new) + weighted(stays) + 0.3 * eye), atol=1e-6)
     second = memit(bound, later, stays).dense().double()
     wanted = cross(later) @ torch.linalg.inv(weighted(later) + weighted(stays) + 0.3 * eye)
     assert torch.allclose(second, wanted, atol=1e-6), "what was taught before does not bind"
 
-    bound = floored(12)
+    bound = ridged(12)
     first = rlsedit(bound, new, stays)
     left = replace(later, residual=later.residual - first(later.keys.double()).float())
     both = first.dense().double() + rlsedit(bound, left, stays).dense().double()
@@ -159,7 +159,7 @@ def test_memit_and_rlsedit_follow_their_formulas():
 def test_ultraedit_normalises_over_lessons():
     solve, lessons = UltraEdit(0.01, 1), [tokens(6, 8, 3, 0), tokens(4, 8, 3, 1)]
     for number, new in enumerate(lessons):
-        change = solve(floored(8), new, tokens(2, 8, 3, 9)).dense().double()
+        change = solve(ridged(8), new, tokens(2, 8, 3, 9)).dense().double()
         seen = torch.cat([torch.cat([part.keys, part.residual], 1) for part in lessons[: number + 1]]).double()
         mean, deviation = seen.mean(0), (seen.var(0, unbiased=False) + 1e-8).sqrt()
         hidden = (new.keys.double() - mean[:8]) / deviation[:8]
@@ -171,7 +171,7 @@ def test_ultraedit_normalises_over_lessons():
 
 def test_alphaedit_leaves_preserved_keys():
     new, stays = tokens(3, 12, 4, 0), tokens(4, 12, 4, 1)
-    change = alphaedit(floored(12, 1e-3), new, stays)
+    change = alphaedit(ridged(12, 1e-3), new, stays)
     assert change(stays.keys.double()).abs().max() < 1e-5 < change(new.keys.double()).abs().max()
 
 

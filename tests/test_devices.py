@@ -256,7 +256,7 @@ def test_tf32_does_not_reach_the_solves(switched_on_by):
             moment = SecondMoment(24).update(torch.cat([kept] * 5))
             minimum_norm(keys, residual)
             preserving(keys, residual, moment, 1.0, 0.1)
-            moment.floor = 0.1
+            moment.ridge = 0.1
             JointSystem({"a": keys}, lambda name: moment, torch.ones(9)).changes(residual, 0.1)
             moment.compact(4)
         assert mode.seen == {"ieee"} and matmul.fp32_precision == "tf32"

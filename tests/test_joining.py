@@ -43,8 +43,8 @@ def test_joint_minimiser_against_one_least_squares(width):
     for _ in range(2):
         keys, residual, kept = draw(9, width), draw(9, 5), draw(11, width)
         bound = SecondMoment(width).update(kept, 0.3)
-        bound.floor = 0.05
-        parts.append((keys, residual, preserving(keys, residual, bound, 1.0, bound.floor), kept))
+        bound.ridge = 0.05
+        parts.append((keys, residual, preserving(keys, residual, bound, 1.0, bound.ridge), kept))
         bounds.append(bound.update(keys))
     joined = jointly([delta for *_, delta, _ in parts], bounds)
     y, r, k = (torch.cat([part[i] for part in parts]).double() for i in (0, 1, 3))
@@ -143,5 +143,5 @@ def test_what_cutting_the_moment_takes_off_the_number_is_bounded(keys):
     rows, vectors = torch.randn(keys, 40, generator=generator), torch.randn(7, 40, generator=generator)
     whole = SecondMoment(40).update(rows)
     cut = whole.copy().compact(8)
-    missing, most = whole.quadratic(vectors) - cut.quadratic(vectors), 2 * cut.floor * vectors.square().sum(1)
-    assert cut.floor > 0 and bool((missing > 0).all()) and bool((missing <= most * (1 + 1e-5)).all())
+    missing, most = whole.quadratic(vectors) - cut.quadratic(vectors), 2 * cut.ridge * vectors.square().sum(1)
+    assert cut.ridge > 0 and bool((missing > 0).all()) and bool((missing <= most * (1 + 1e-5)).all())

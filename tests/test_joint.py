@@ -19,7 +19,7 @@ def problem(n=7, widths=(5, 20), out=4, preserved=12, seed=0):
     bounds = {}
     for name, rows in keys.items():
         bounds[name] = SecondMoment(rows.shape[1]).update(torch.randn(preserved, rows.shape[1], generator=generator))
-        bounds[name].floor = 0.1
+        bounds[name].ridge = 0.1
     return keys, bounds, torch.rand(n, generator=generator) + 0.5, torch.randn(n, out, generator=generator)
 
 
@@ -34,7 +34,7 @@ def test_the_minimum(n):
     blocks = []
     for bound in bounds.values():
         c = bound.matrix if bound.matrix is not None else bound.root.double().T @ bound.root.double()
-        blocks.append(c.double() + bound.floor * torch.eye(bound.width, dtype=torch.float64))
+        blocks.append(c.double() + bound.ridge * torch.eye(bound.width, dtype=torch.float64))
     curvature = wide.T @ (wide * (weights.double() / rho)[:, None]) + torch.block_diag(*blocks)
     expected = torch.linalg.solve(curvature, wide.T @ (residual.double() * (weights.double() / rho)[:, None])).T
     dense = torch.cat([delta.dense() for delta in found.values()], 1).double()
@@ -51,13 +51,13 @@ def test_more_ridge_moves_less():
 @pytest.mark.parametrize("count", [4, 40])
 def test_solving_with_a_moment(count):
     moment = SecondMoment(9).update(torch.randn(count, 9, generator=torch.Generator().manual_seed(1)))
-    moment.floor = 0.2
+    moment.ridge = 0.2
     rows = torch.randn(3, 9)
     whole = moment.matrix if moment.matrix is not None else moment.root.double().T @ moment.root.double()
     expected = rows.double() @ torch.linalg.inv(whole.double() + 0.2 * torch.eye(9, dtype=torch.float64))
     assert torch.allclose(moment.solve(rows), expected, atol=1e-6)
-    moment.floor = 0.0
-    with pytest.raises(ValueError, match=r"floor=0\.0; expected a positive number"):
+    moment.ridge = 0.0
+    with pytest.raises(ValueError, match=r"ridge=0\.0; expected a positive number"):
         moment.solve(rows)
 
 

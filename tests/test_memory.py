@@ -124,7 +124,7 @@ def test_of_the_moments_only_one_is_held():
     def bound(name):
         assert not [reference for reference in alive if reference() is not None], name
         moment = SecondMoment(8).update(torch.randn(20, 8))
-        moment.floor = 0.1
+        moment.ridge = 0.1
         alive.append(weakref.ref(moment))
         return moment
 

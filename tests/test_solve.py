@@ -189,11 +189,11 @@ def test_one_after_another_equals_all_at_once():
     width, outs = 30, 7
     kept = torch.randn(50, width, generator=generator)
     bound = SecondMoment(width).update(kept, 0.2)
-    bound.floor, total, batches = 0.05, torch.zeros(outs, width), []
+    bound.ridge, total, batches = 0.05, torch.zeros(outs, width), []
     for _ in range(3):
         keys, residual = torch.randn(8, width, generator=generator), torch.randn(8, outs, generator=generator)
         weights = torch.rand(8, generator=generator) + 0.1
-        change = preserving(keys, residual - keys @ total.T, bound, 1.0, bound.floor, weights)
+        change = preserving(keys, residual - keys @ total.T, bound, 1.0, bound.ridge, weights)
         total = total + change.dense()
         bound = bound.copy().update(keys, weights).compact(1024)
         batches.append((keys, residual, weights))
@@ -210,13 +210,13 @@ def test_a_compact_moment_is_near(count):
     moment = SecondMoment(60).update(keys)
     exact = keys.double().T @ keys.double()
     small = moment.copy().compact(12)
-    assert small.matrix is None and small.root.shape == (12, 60) and moment.floor == 0
-    near = small.root.double().T @ small.root.double() + small.floor * torch.eye(60)
+    assert small.matrix is None and small.root.shape == (12, 60) and moment.ridge == 0
+    near = small.root.double().T @ small.root.double() + small.ridge * torch.eye(60)
     thirteenth = torch.linalg.eigvalsh(exact)[-13]
     error = torch.linalg.matrix_norm(near - exact, 2)
     assert error <= thirteenth / 2 * (1 + 1e-4)
     untouched = moment.copy().compact(60)
-    assert untouched.floor == 0 and untouched.quadratic(keys[:3]) == pytest.approx(moment.quadratic(keys[:3]), rel=1e-5)
+    assert untouched.ridge == 0 and untouched.quadratic(keys[:3]) == pytest.approx(moment.quadratic(keys[:3]), rel=1e-5)
 
 
 def test_a_compact_moment_of_many_keys_is_near():
@@ -226,7 +226,7 @@ def test_a_compact_moment_of_many_keys_is_near():
     exact = keys.T @ keys
     small = moment.compact(100)
     assert small.root.shape == (100, 2400)
-    near = small.root.T @ small.root + small.floor * torch.eye(2400)
+    near = small.root.T @ small.root + small.ridge * torch.eye(2400)
     values = torch.linalg.eigvalsh(exact)
     assert float(torch.linalg.eigvalsh(near - exact).abs().max()) < 1.5 * float(values[-101])
 
@@ -260,15 +260,15 @@ def test_alphaedit_is_its_formula(kept):
     keys, residual = problem(5)
     g = torch.Generator().manual_seed(1)
     old = torch.randn(kept, 16, generator=g) @ torch.randn(16, 24, generator=g)
-    earlier, weights, floor = torch.randn(3, 24, generator=g), torch.rand(5, generator=g) + 0.5, 0.3
+    earlier, weights, ridge = torch.randn(3, 24, generator=g), torch.rand(5, generator=g) + 0.5, 0.3
     bound = SecondMoment(24).update(earlier)
-    bound.floor = floor
+    bound.ridge = ridge
     stays = TaughtTokens(old, torch.zeros(kept, 10), torch.ones(kept))
     found = alphaedit(bound, TaughtTokens(keys, residual, weights), stays).dense()
     values, vectors = torch.linalg.eigh(old.double().T @ old.double())
     null = vectors[:, values <= 1e-2 * values.mean()]
     q = null @ null.T
     y, b, s = keys.double() @ q, earlier.double() @ q, weights.double()[:, None]
-    expected = torch.linalg.solve((y.T @ (s * y) + b.T @ b + floor * torch.eye(24)), y.T @ (s * residual.double())).T
+    expected = torch.linalg.solve((y.T @ (s * y) + b.T @ b + ridge * torch.eye(24)), y.T @ (s * residual.double())).T
     assert relative(found, expected) < 1e-4
     assert float((found.double() @ old.double().T).norm() / found.double().norm()) < 1e-3

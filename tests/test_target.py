@@ -5,8 +5,8 @@ import torch
 from conftest import random_model
 
 from qf_peft.forward.capture import Point, forward_pass
-from qf_peft.forward.unembedding import Unembedding, lead
-from qf_peft.teaching.targets import ahead_of_rivals, aim, forced, on_the_way, read_off
+from qf_peft.forward.unembedding import Unembedding, margins
+from qf_peft.teaching.targets import ahead_of_rivals, aim, interpolated_to_margin, projected_to_margin, read_off
 
 
 @pytest.fixture(params=["qwen2", "gpt2", "gemma2", "granite"])
@@ -35,11 +35,11 @@ def test_forced_states_lead_by_the_margin(unembedding):
     gold = torch.randint(0, 1024, (20,), generator=torch.Generator().manual_seed(2))
     first = unembed.logits(stream).argmax(1)
     gold[:3] = first[:3]
-    moved, logits = forced(unembed, stream, gold, 0.5, unembed.logits(stream), steps=200)
+    moved, logits = projected_to_margin(unembed, stream, gold, 0.5, unembed.logits(stream), steps=200)
     assert torch.allclose(logits, unembed.logits(moved), atol=1e-4)
-    ahead = lead(logits, gold)[0]
+    ahead = margins(logits, gold)[0]
     assert bool((ahead > 0.45).all())
-    already = lead(unembed.logits(stream), gold)[0] >= 0.5
+    already = margins(unembed.logits(stream), gold)[0] >= 0.5
     assert torch.equal(moved[already], stream[already])
 
 
@@ -51,10 +51,12 @@ def test_ahead_of_those_that_are_first_now(unembedding):
     gold, margin = logits.topk(6, 1).indices[:, -1], torch.linspace(0.05, 0.3, 20)
     moved, _ = ahead_of_rivals(unembed, stream, gold, margin, logits, steps=50)
     for i in range(20):
-        alone = forced(unembed, stream[i : i + 1], gold[i : i + 1], float(margin[i]), logits[i : i + 1], steps=50)[0]
-        if lead(unembed.logits(moved[i : i + 1]), gold[i : i + 1])[0] >= margin[i] - 1e-2:
+        alone = projected_to_margin(
+            unembed, stream[i : i + 1], gold[i : i + 1], float(margin[i]), logits[i : i + 1], steps=50
+        )[0]
+        if margins(unembed.logits(moved[i : i + 1]), gold[i : i + 1])[0] >= margin[i] - 1e-2:
             assert torch.allclose(moved[i], alone[0], atol=1e-3)
-    assert float((lead(unembed.logits(moved), gold)[0] >= margin - 1e-2).float().mean()) > 0.8
+    assert float((margins(unembed.logits(moved), gold)[0] >= margin - 1e-2).float().mean()) > 0.8
 
 
 def test_the_step_is_the_steepest(unembedding):
@@ -62,8 +64,8 @@ def test_the_step_is_the_steepest(unembedding):
     unembed, stream, _ = unembedding
     gold = torch.zeros(len(stream), dtype=torch.long)
     with torch.no_grad():
-        step = forced(unembed, stream, gold, 50.0, unembed.logits(stream), steps=1)[0] - stream
-        other = lead(unembed.logits(stream), gold)[1]
+        step = projected_to_margin(unembed, stream, gold, 50.0, unembed.logits(stream), steps=1)[0] - stream
+        other = margins(unembed.logits(stream), gold)[1]
     h = stream.clone().requires_grad_()
     centre = h.mean(1, keepdim=True) if unembed.centred else 0.0
     state = unembed.gain * (h - centre) / unembed.spread(stream)[:, None]
@@ -76,19 +78,19 @@ def test_nearest_on_the_way_is_the_first_with_the_lead(unembedding):
     unembed, stream, _ = unembedding
     goal = stream.roll(1, 0)
     gold = unembed.logits(goal).argmax(1)
-    found = on_the_way(unembed, stream, goal, gold, 0.05, unembed.logits(stream), unembed.logits(goal))
+    found = interpolated_to_margin(unembed, stream, goal, gold, 0.05, unembed.logits(stream), unembed.logits(goal))
     for i in range(len(stream)):
         path = [stream[i] + a * (goal[i] - stream[i]) for a in torch.linspace(0, 1, 400)]
-        leads = lead(unembed.logits(torch.stack(path)), gold[i].expand(400))[0]
-        got = lead(unembed.logits(found[i : i + 1]), gold[i : i + 1])[0]
+        leads = margins(unembed.logits(torch.stack(path)), gold[i].expand(400))[0]
+        got = margins(unembed.logits(found[i : i + 1]), gold[i : i + 1])[0]
         if leads.max() < 0.05:
             assert torch.allclose(found[i], goal[i], atol=1e-4), "all the way where it never leads"
         elif leads[0] >= 0.05:
             assert torch.equal(found[i], stream[i])
         else:
             one = found[i : i + 1]
-            _, logits = forced(unembed, one, gold[i : i + 1], 0.05, unembed.logits(one), steps=50)
-            assert lead(logits, gold[i : i + 1])[0] >= 0.045, "whatever was overlooked is forced"
+            _, logits = projected_to_margin(unembed, one, gold[i : i + 1], 0.05, unembed.logits(one), steps=50)
+            assert margins(logits, gold[i : i + 1])[0] >= 0.045, "whatever was overlooked is forced"
             if bool((leads.diff() >= 0).all()):
                 assert float(got) == pytest.approx(0.05, abs=0.05), "and no farther"
 
@@ -107,7 +109,7 @@ def test_what_is_read_off_the_predictions(unembedding):
     for reading in (before, read_off(unembed, goal, stream, gold)):
         assert torch.allclose(reading.divergence.double(), expected, rtol=1e-3, atol=1e-4)
         assert torch.equal(reading.read, p.argmax(1))
-        assert torch.allclose(reading.lead.double(), q.gather(1, gold[:, None])[:, 0] - others, atol=1e-3)
+        assert torch.allclose(reading.margins.double(), q.gather(1, gold[:, None])[:, 0] - others, atol=1e-3)
     assert torch.allclose(counts, before.divergence), "the context's state itself is aimed at"
     aimed, counts, _ = aim(unembed, stream, goal, gold, True, 0.5)
     after = read_off(unembed, aimed, stream, gold).divergence

@@ -10,7 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftType
 
 from .loading import refuse_pickles
-from .saving import settle
+from .saving import finish_saving
 
 NAME = "QF"  # among PEFT's types
 
@@ -103,7 +103,7 @@ class QFConfig(LoraConfig):
             ValueError: there is none, an option is none of QF's, or the weights beside it are a pickle only.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        settle(folder)
+        finish_saving(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         refuse_pickles(pretrained_model_name_or_path, subfolder, **kwargs)
         if folder.is_dir():

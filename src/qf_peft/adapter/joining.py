@@ -94,7 +94,7 @@ def merge_taught(model: PeftModel, adapters: Sequence[str], adapter_name: str) -
             foundation[module] = foundation[module] + delta if module in foundation else delta
     merged = TaughtAdapter(
         entries=entries, rehearsed=len(entries), foundation=foundation, settings=taught[names[-1]].settings,
-        styled=any(taught[name].styled for name in names),
+        holds_standing=any(taught[name].holds_standing for name in names),
     )  # fmt: skip
     deltas = {}
     for module in tuner.adapter_layers(adapter_name):
@@ -128,7 +128,7 @@ def _bounds(tuner: QFModel, adapter: str) -> dict[str, SecondMoment]:
     if taught is not None:
         for name, tokens in taught.tokens.items():
             moment = SecondMoment(tokens.keys.shape[1]).update(tokens.keys, tokens.significance)
-            moment.floor = 1e-6 * moment.trace / moment.width
+            moment.ridge = 1e-6 * moment.trace / moment.width
             found[name] = moment
     held = found and all(taught.holds(name, tuner.factors(adapter, name)) for name in found)
     if not held:
@@ -140,6 +140,6 @@ def _bounds(tuner: QFModel, adapter: str) -> dict[str, SecondMoment]:
 
 
 def _energy(bound: SecondMoment, delta) -> float:
-    """tr(ΔW P ΔWᵀ), without the floor."""
+    """tr(ΔW P ΔWᵀ), without the ridge."""
     _, r = torch.linalg.qr(wide(delta.B))
     return float(bound.quadratic(r @ wide(delta.A)).sum())

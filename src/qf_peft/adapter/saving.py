@@ -89,7 +89,7 @@ def _folder(target: Path, name: str) -> Path:
 
 def _take_over(source: Path, target: Path) -> None:
     """Make a folder's files those of `source`: from the renaming on they are the folder's, come what may."""
-    settle(target)
+    finish_saving(target)
     target.mkdir(parents=True, exist_ok=True)
     whole = Path(tempfile.mkdtemp(dir=target, prefix=_unfinished()))
     for path in [p for p in source.iterdir() if p.is_file()]:
@@ -103,8 +103,8 @@ def _take_over(source: Path, target: Path) -> None:
         except OSError:
             if not (target / _INCOMING).exists():
                 raise
-            settle(target)  # another process has saved here just now: the last one's files stay
-    settle(target)
+            finish_saving(target)  # another process has saved here just now: the last one's files stay
+    finish_saving(target)
 
 
 def _unfinished() -> str:
@@ -120,7 +120,7 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def settle(folder: str | os.PathLike) -> None:
+def finish_saving(folder: str | os.PathLike) -> None:
     """Finish a save that was taken over but broken off."""
     incoming = Path(folder, _INCOMING)
     try:

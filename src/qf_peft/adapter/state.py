@@ -33,7 +33,7 @@ class TaughtAdapter:
     """What was taught, in order."""
     rehearsed: int = 0
     """How many entries there were when all were last seen to."""
-    styled: bool = False
+    holds_standing: bool = False
     """Whether a standing instruction was taught: preserved chats then stay as they are, not as the base model's."""
     divergence: float | None = None
     """Mean KL in nats from the base model's predictions at the held-out preserved chats after the last lesson, where it
@@ -83,7 +83,7 @@ class TaughtAdapter:
         begins with from now on, and what was taught can no longer be undone."""
         return TaughtAdapter(
             foundation={name: delta for name, delta in held.items() if delta.A.any() and delta.B.any()},
-            bound=dict(self.bound), installed=installed, styled=self.styled, rehearsed=self.rehearsed,
+            bound=dict(self.bound), installed=installed, holds_standing=self.holds_standing, rehearsed=self.rehearsed,
             entries=tuple(replace(entry, settled=True) for entry in self.entries), settings=self.settings,
         )  # fmt: skip
 

@@ -59,10 +59,10 @@ def write_statistics(folder: Path, taught: TaughtAdapter, factors: Mapping[str, 
         "format": _FORMAT,
         "weights": weights_sum(tensor for pair in factors.values() for tensor in pair),
         "ledger": hashlib.sha256(lines.encode()).hexdigest(),
-        "floor": {module: bound.floor for module, bound in taught.bound.items()},
+        "floor": {module: bound.ridge for module, bound in taught.bound.items()},
         "delta": same,
         "rehearsed": taught.rehearsed,
-        "styled": taught.styled,
+        "styled": taught.holds_standing,
         "divergence": taught.divergence,
         "settings": taught.settings,
     }
@@ -138,7 +138,8 @@ def _scalars(header: Mapping[str, Any]) -> dict[str, Any]:
     if divergence is not None and not 0 <= float(divergence) < math.inf:
         raise ValueError(f"a divergence of {divergence}")
     return {
-        "rehearsed": int(header["rehearsed"]), "settings": dict(header["settings"]), "styled": bool(header["styled"]),
+        "rehearsed": int(header["rehearsed"]), "settings": dict(header["settings"]),
+        "holds_standing": bool(header["styled"]),
         "divergence": None if divergence is None else float(divergence),
     }  # fmt: skip
 
@@ -166,14 +167,14 @@ def _by_module(
     return found
 
 
-def _bound(module: str, width: int, floor: float, fields: Mapping[str, Tensor]) -> SecondMoment:
+def _bound(module: str, width: int, ridge: float, fields: Mapping[str, Tensor]) -> SecondMoment:
     """What binds a module with keys of such a width. Raises ValueError where it cannot be that."""
     ((field, tensor),) = fields.items()
     shapes = {"root": (len(tensor), width), "matrix": (width, width), "triangle": (width * (width + 1) // 2,)}
-    if tensor.shape != shapes[field] or not 0 <= floor < math.inf:
+    if tensor.shape != shapes[field] or not 0 <= ridge < math.inf:
         raise ValueError(f"what binds {module} has shape {tuple(tensor.shape)}; expected {field} of {width}")
     moment = SecondMoment(width)
-    moment.floor, moment.root, moment.matrix = floor, None, None
+    moment.ridge, moment.root, moment.matrix = ridge, None, None
     if field == "root":
         moment.root = tensor
     else:

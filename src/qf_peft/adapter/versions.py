@@ -35,7 +35,7 @@ class Version:
             yield from self.taught.tensors()
 
 
-def kept(versions: Sequence[Version], before: Version, present: TaughtAdapter | None) -> list[Version]:
+def within_memory(versions: Sequence[Version], before: Version, present: TaughtAdapter | None) -> list[Version]:
     """The last eight versions, the newest `before` the `present` one. Where what they hold, and the present one does
     not, takes more than a gigabyte, the oldest ones' is put into files (`TMPDIR`)."""
     versions = [*versions, before][-KEPT:]

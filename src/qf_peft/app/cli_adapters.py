@@ -36,14 +36,14 @@ def ledger(adapter: str) -> Sequence[Any]:
         FileNotFoundError: there is no such folder, or it holds no adapter.
         ValueError: the list is damaged.
     """
-    from ..adapter.saving import settle
+    from ..adapter.saving import finish_saving
     from ..adapter.statistics_file import LEDGER_NAME
     from ..data.ledger import from_lines
 
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter {adapter}: there is no such folder")
-    settle(folder)
+    finish_saving(folder)
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter (no adapter_config.json)")
     path = folder / LEDGER_NAME

@@ -48,7 +48,7 @@ def entry(row: Row, standing: bool = False) -> Entry:
     return Entry(hashlib.sha256(content.encode()).hexdigest()[:12], **shared)
 
 
-def asked(of: Row | Entry) -> str:
+def question_key(of: Row | Entry) -> str:
     """What makes two rows answers to one question: the prompt."""
     return json.dumps(of.prompt)
 
@@ -61,7 +61,7 @@ def check_consistent(rows: Iterable[Row]) -> None:
     """
     seen: dict[str, Row] = {}
     for row in rows:
-        other = seen.setdefault(asked(row), row)
+        other = seen.setdefault(question_key(row), row)
         if other.completion != row.completion:
             raise ValueError(
                 f"rows {other.index} and {row.index} contradict each other: the prompt {row.prompt!r} has the "
@@ -71,8 +71,8 @@ def check_consistent(rows: Iterable[Row]) -> None:
 
 def joined(entries: Sequence[Entry], new: Sequence[Entry]) -> tuple[Entry, ...]:
     """The entries with the new ones behind them, which replace those of the same prompt."""
-    prompts = {asked(e) for e in new}
-    return (*(e for e in entries if asked(e) not in prompts), *{asked(e): e for e in new}.values())
+    prompts = {question_key(e) for e in new}
+    return (*(e for e in entries if question_key(e) not in prompts), *{question_key(e): e for e in new}.values())
 
 
 def to_lines(entries: Iterable[Entry]) -> str:

@@ -166,7 +166,9 @@ def _questions(reader: ContextModel, passages: list[Passage], count: int) -> tup
     """What the model writes about each passage on request, or else of its own about each of its sentences."""
     request = _REQUEST.format(count=count)
     outputs = reader.written(
-        [(reader.told(passage.text), request) for passage in passages], _PAIR_TOKENS * count, "writing questions"
+        [(reader.as_instruction(passage.text), request) for passage in passages],
+        _PAIR_TOKENS * count,
+        "writing questions",
     )
     facts = [
         [_Fact(passage, passage.text, question, answer) for question, answer in parse_pairs(text, ended)[: 2 * count]]
@@ -175,7 +177,7 @@ def _questions(reader: ContextModel, passages: list[Passage], count: int) -> tup
     prompted = sum(map(len, facts))
     # Sampled questions stray less, and are read more surely, with one sentence in context than with many.
     single = [(i, text) for i, found in enumerate(facts) if not found for text in passages[i].sentences]
-    turns = reader.user_turns([reader.told(text) for _, text in single], _TURNS)
+    turns = reader.user_turns([reader.as_instruction(text) for _, text in single], _TURNS)
     for (i, text), written in zip(single, turns, strict=True):
         facts[i] += [_Fact(passages[i], text, turn, "", sampled=True) for turn in written]
     return [fact for found in facts for fact in found], DocumentReport(
@@ -190,7 +192,7 @@ def _checked(
     """The facts that can be read back and are news, with the model's own answers."""
     native = [f for f in facts if not f.sampled or not foreign_names(f.prompt, f.text)]
     fresh = list({same_question(fact.prompt): fact for fact in reversed(native)}.values())[::-1]
-    told = {fact.text: reader.told(fact.text) for fact in fresh}
+    told = {fact.text: reader.as_instruction(fact.text) for fact in fresh}
     answers = reader.answers([(told[fact.text], fact.prompt) for fact in fresh])
     read, strayed = [], 0
     for fact, answer in zip(fresh, answers, strict=True):
@@ -212,9 +214,11 @@ def _checked(
             kept[fact.passage] = kept.get(fact.passage, 0) + 1
             said.add(key)
     nearest = [_nearest_sentence(fact) for fact in chosen]
-    short = reader.answers([(reader.told(text), fact.prompt) for text, fact in zip(nearest, chosen, strict=True)])
+    short = reader.answers(
+        [(reader.as_instruction(text), fact.prompt) for text, fact in zip(nearest, chosen, strict=True)]
+    )
     chosen = [
-        replace(fact, instruction=reader.told(text)) if answer == fact.answer else fact
+        replace(fact, instruction=reader.as_instruction(text)) if answer == fact.answer else fact
         for fact, text, answer in zip(chosen, nearest, short, strict=True)
     ]
     return chosen, replace(

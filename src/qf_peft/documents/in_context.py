@@ -52,7 +52,7 @@ class ContextModel:
         """A text's tokens."""
         return len(self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def told(self, text: str) -> Text:
+    def as_instruction(self, text: str) -> Text:
         """The text as an instruction that the chat template takes: a system message, or else a first exchange."""
         try:
             self.encoder.prompt_ids(Row(0, text, "?", None), instructed=True)

@@ -61,10 +61,10 @@ def checkup(subject: Subject, questions: Sequence[Text] = (), most: int = 50) ->
     rows = prompt_rows(questions, "questions") if questions else []
     with subject.asking() as progress:
         ask = subject.evaluator(progress)
-        said = ask.said([entry.row() for entry in entries])
-        now = ask.said(rows)
+        said = ask.answered([entry.row() for entry in entries])
+        now = ask.answered(rows)
         with subject.tuner.without_adapters():
-            before = ask.said(rows)
+            before = ask.answered(rows)
     taught = subject.tuner.taught.get(subject.adapter_name)
     return Checkup(
         tuple(Fact(e, text, _state(e, text, ended)) for e, (text, ended) in zip(entries, said, strict=True)),

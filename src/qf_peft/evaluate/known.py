@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..data.ledger import asked
+from ..data.ledger import question_key
 from ..data.rows import Row
 from .subject import Subject
 
@@ -14,9 +14,11 @@ def known_rows(subject: Subject) -> list[Row]:
     Raises:
         ValueError: there is nothing of either.
     """
-    rows = {asked(e): e.row() for e in subject.facts}
+    rows = {question_key(e): e.row() for e in subject.facts}
     with subject.asking() as progress:
-        rows.update({asked(row): row for row in (subject.completed(progress, subject.rows) if subject.rows else [])})
+        rows.update(
+            {question_key(row): row for row in (subject.completed(progress, subject.rows) if subject.rows else [])}
+        )
     if not rows:
         raise ValueError("there is nothing to show: the adapter's ledger is empty and train_dataset is missing")
     return list(rows.values())

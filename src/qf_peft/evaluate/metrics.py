@@ -122,7 +122,7 @@ class Evaluator:
         self.network, self.encoder = network, encoder
         self.batch_tokens, self.max_new_tokens, self.progress = batch_tokens, max_new_tokens, progress
 
-    def said(self, rows: Sequence[Row], instructed: bool = False) -> list[tuple[str, bool]]:
+    def answered(self, rows: Sequence[Row], instructed: bool = False) -> list[tuple[str, bool]]:
         """The answers to the rows' prompts, with or without instruction, and whether each ended."""
         return generate(
             self.network,
@@ -135,7 +135,7 @@ class Evaluator:
 
     def answers(self, rows: Sequence[Row], instructed: bool = False) -> list[str | None]:
         """The same, normalised; None where one did not end."""
-        return [normalise(text) if ended else None for text, ended in self.said(rows, instructed)]
+        return [normalise(text) if ended else None for text, ended in self.answered(rows, instructed)]
 
     def right(self, rows: Sequence[Row], instructed: bool = False) -> Metric:
         """How often the answer is the row's completion."""

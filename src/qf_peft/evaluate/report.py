@@ -17,7 +17,7 @@ from markupsafe import Markup
 from ..adapter.checks import check_teachable
 from ..adapter.description import base_model_id, blocks_in_words, versions
 from ..adapter.modes import evaluating
-from ..data.ledger import asked
+from ..data.ledger import question_key
 from ..data.rows import Row, Text
 from ..data.writing import saving_to
 from .attribution import Attribution, Influence
@@ -83,14 +83,16 @@ class _Remembering(Evaluator):
             finally:
                 self._based = False
 
-    def said(self, rows: Sequence[Row], instructed: bool = False) -> list[tuple[str, bool]]:
-        keys = [(self._based, instructed, repr(row.instruction) if instructed else "", asked(row)) for row in rows]
+    def answered(self, rows: Sequence[Row], instructed: bool = False) -> list[tuple[str, bool]]:
+        keys = [
+            (self._based, instructed, repr(row.instruction) if instructed else "", question_key(row)) for row in rows
+        ]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
-        self._known.update(zip(new, super().said(list(new.values()), instructed) if new else [], strict=True))
+        self._known.update(zip(new, super().answered(list(new.values()), instructed) if new else [], strict=True))
         return [self._known[key] for key in keys]
 
     def shown(self, rows: Sequence[Row], instructed: bool = False) -> list[str]:
-        return [text if ended else f"{text} …" for text, ended in self.said(rows, instructed)]
+        return [text if ended else f"{text} …" for text, ended in self.answered(rows, instructed)]
 
 
 @torch.no_grad()
@@ -143,9 +145,11 @@ def _measured(
     check_teachable(trainer.model, trainer.adapter_name)
     rows = known_rows(trainer)
     tokens = token_divergences(trainer, rows)
-    complete = {asked(row): row for row in rows}
-    others = paraphrase_rows([complete[asked(row)] for row in trainer.rows], trainer.dataset) if trainer.rows else []
-    dates = {(asked(e), e.completion): e.date for e in trainer.facts}
+    complete = {question_key(row): row for row in rows}
+    others = (
+        paraphrase_rows([complete[question_key(row)] for row in trainer.rows], trainer.dataset) if trainer.rows else []
+    )
+    dates = {(question_key(e), e.completion): e.date for e in trainer.facts}
     with evaluating(trainer.network), trainer.progress() as progress:
         ask = _Remembering(trainer, progress=progress.update)
         metrics = measure(ask, rows, others, kept, texts, ask.base)
@@ -172,7 +176,7 @@ def _asked(
     for i, row in enumerate(rows):
         goal = base[i] if row.completion is None else normalise(row.completion)
         right = said[i] is not None and said[i] == goal and (taught or said[i] == base[i])
-        shown, date = (tokens[i] if taught else None), dates.get((asked(row), row.completion), "")
+        shown, date = (tokens[i] if taught else None), dates.get((question_key(row), row.completion), "")
         found.append(Answers(row, before[i], told[i], now[i], right, shown, date))
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..data.ledger import asked
+from ..data.ledger import question_key
 from .known import known_rows
 from .metrics import Metric
 from .plots import lines
@@ -69,10 +69,12 @@ def strength_sweep(
 def _tried(trainer: Subject, settings: list[Any], kept: dict[str, list[Any]]) -> tuple[list[dict], list[dict]]:
     """The evaluation and the lesson's metrics under each of the settings; then all is put back."""
     rows, tuner, adapter = known_rows(trainer), trainer.tuner, trainer.adapter_name
-    paraphrases = {asked(row): raw.get("paraphrases") for row, raw in zip(trainer.rows, trainer.dataset, strict=True)}
+    paraphrases = {
+        question_key(row): raw.get("paraphrases") for row, raw in zip(trainer.rows, trainer.dataset, strict=True)
+    }
     twin = copy.copy(trainer)
     twin.trackers = None
-    twin.rows, twin.dataset = rows, [{"paraphrases": paraphrases.get(asked(row))} for row in rows]
+    twin.rows, twin.dataset = rows, [{"paraphrases": paraphrases.get(question_key(row))} for row in rows]
     version, versions = tuner.version(adapter), tuner.versions.get(adapter)
     lessons, metrics = [], []
     try:

@@ -121,7 +121,7 @@ def chunks(count: int, head: nn.Module) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-def lead(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def margins(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     """By how much the gold token's logit exceeds the best other one, and that other token: (n), (n)."""
     rival = logits.scatter(1, gold[:, None], -torch.inf).max(1)
     return logits.gather(1, gold[:, None])[:, 0] - rival.values, rival.indices

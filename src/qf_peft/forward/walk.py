@@ -151,14 +151,14 @@ def passed_through(blocks: nn.ModuleList, skipped: Collection[int]) -> Iterator[
 
     Block 0 is never among them: what it returns beside the hidden state, if anything, the skipped ones return too.
     """
-    beside: list[tuple] = []
+    recursive_update: list[tuple] = []
 
     def see(_: nn.Module, __: tuple, output: Any) -> None:
-        beside[:] = [] if isinstance(output, Tensor) else [tuple(None for _ in output[1:])]
+        recursive_update[:] = [] if isinstance(output, Tensor) else [tuple(None for _ in output[1:])]
 
     def give_back(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *beside[0]) if beside else hidden
+        return (hidden, *recursive_update[0]) if recursive_update else hidden
 
     own = {index: vars(blocks[index]).get("forward") for index in skipped}
     handle = blocks[0].register_forward_hook(see)

@@ -30,7 +30,7 @@ class JointSystem:
 
     Args:
         keys: by module, Y_l (n, d_l), float32.
-        bound: gives of a module P_l, with its `floor` > 0 on the diagonal; asked once for each, and let go.
+        bound: gives of a module P_l, with its `ridge` > 0 on the diagonal; asked once for each, and let go.
         significance: s (n), > 0.
     """
 

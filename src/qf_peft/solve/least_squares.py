@@ -176,7 +176,7 @@ def preserving(
 ) -> LowRankDelta:
     """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ) with P = λ C + ε I.
 
-    The least squares of ROME and MEMIT (arXiv 2202.05262, 2210.07229) with QF's residual; see [`beside`].
+    The least squares of ROME and MEMIT (arXiv 2202.05262, 2210.07229) with QF's residual; see [`recursive_update`].
 
     Args:
         keys: Y, (n, d_in).
@@ -199,14 +199,14 @@ def preserving(
         bound.root = bound.root * strength**0.5
     else:
         bound.matrix *= strength
-    bound.floor = ridge
+    bound.ridge = ridge
     given = torch.ones(len(keys), device=keys.device) if significance is None else significance
-    return beside(bound, TaughtTokens(keys, residual, given)).compressed().to(torch.float32)
+    return recursive_update(bound, TaughtTokens(keys, residual, given)).compressed().to(torch.float32)
 
 
 @whole_products()
-def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
-    """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ), where P is `bound`, its floor ε on the diagonal;
+def recursive_update(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
+    """The ΔW that minimises Σ_i s_i ‖ΔW y_i − r_i‖² + tr(ΔW P ΔWᵀ), where P is `bound`, its ridge ε on the diagonal;
     and P + Yᵀ S Y in `bound`: one step of recursive least squares.
 
     With Q = P + Yᵀ S Y this is ΔW = Rᵀ S Y Q⁻¹, by one Cholesky factorisation, of the cheaper form:
@@ -216,7 +216,7 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
       the rows of Z, ΔW = Zᵀ (K Kᵀ + ε I)⁻¹ K, of (m + n) × (m + n).
 
     Args:
-        bound: P, with ε > 0 in its `floor`; updated in place.
+        bound: P, with ε > 0 in its `ridge`; updated in place.
         parts: the rows of Y, R and s, in one part or several.
 
     Returns:
@@ -231,8 +231,8 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
         if bound.width != rows.keys.shape[1]:
             width = rows.keys.shape[1]
             raise ValueError(f"the moment is of keys of width {bound.width}; the keys taught have width {width}")
-    if not bound.floor > 0:
-        raise ValueError(f"ridge={bound.floor!r}; expected a positive number (use minimum_norm for none)")
+    if not bound.ridge > 0:
+        raise ValueError(f"ridge={bound.ridge!r}; expected a positive number (use minimum_norm for none)")
     for rows in parts:
         bound.update(rows.keys, rows.significance)
     roots = [rows.significance.double().sqrt()[:, None] for rows in parts]
@@ -241,8 +241,8 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
     few, outs = sum(int(part.sum()) for part in moves) < wanted[0].shape[1], wanted[0].shape[1]
     if bound.root is not None:
         keys = bound.root
-        gram = _gram(keys, bound.floor)
-        gram.diagonal().add_(bound.floor)
+        gram = _gram(keys, bound.ridge)
+        gram.diagonal().add_(bound.ridge)
         factor, before = torch.linalg.cholesky(gram, out=gram), len(keys) - sum(map(len, wanted))
         if few:
             chosen = before + torch.cat(moves).nonzero()[:, 0]
@@ -254,7 +254,7 @@ def beside(bound: SecondMoment, *parts: TaughtTokens) -> LowRankDelta:
         return _rows((torch.cholesky_solve(all_wanted, factor).T.to(keys.dtype) @ keys).double())
     del wanted
     system = bound.matrix.clone()
-    system.diagonal().add_(bound.floor)
+    system.diagonal().add_(bound.ridge)
     factor = torch.linalg.cholesky(system, out=system)
     if few:
         pairs = list(zip(parts, roots, moves, strict=True))
@@ -275,7 +275,7 @@ def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> L
 
     Args:
         deltas: the changes ΔW_i.
-        bounds: P_i, each with its `floor` > 0 on the diagonal.
+        bounds: P_i, each with its `ridge` > 0 on the diagonal.
 
     Returns:
         Factors of equal norm, in float32.
@@ -296,8 +296,8 @@ def jointly(deltas: Sequence[LowRankDelta], bounds: Sequence[SecondMoment]) -> L
         else:
             root = bound.root.to(a.device).double()
             weighed = (a @ root.T) @ root
-        rows.append(weighed + bound.floor * a)
-    a = _apply_inverse(total, 1.0, total.floor, torch.cat(rows))
+        rows.append(weighed + bound.ridge * a)
+    a = _apply_inverse(total, 1.0, total.ridge, torch.cat(rows))
     return LowRankDelta(A=a, B=torch.cat([wide(delta.B) for delta in deltas], dim=1)).compressed().to(torch.float32)
 
 
@@ -368,11 +368,11 @@ def _checked(keys: Tensor, residual: Tensor, significance: Tensor | None) -> tup
     return s.sqrt(), s > 0
 
 
-def _gram(keys: Tensor, floor: float) -> Tensor:
+def _gram(keys: Tensor, ridge: float) -> Tensor:
     """K Kᵀ in float64, its products in float32 where their rounding (some eps √m of the largest row's square) is well
-    below the floor that is added to it."""
+    below the ridge that is added to it."""
     rounding = torch.finfo(torch.float32).eps * len(keys) ** 0.5 * float(keys.square().sum(1).amax())
-    rows = keys if 4 * rounding < floor else keys.double()
+    rows = keys if 4 * rounding < ridge else keys.double()
     gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     add_gram(gram, rows.T)
     return gram

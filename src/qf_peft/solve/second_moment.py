@@ -30,13 +30,13 @@ class SecondMoment:
     """(d_in, d_in) float64 (float32 after `compact`): C, once there are at least d_in keys."""
     count: int
     """How many keys were added."""
-    floor: float
+    ridge: float
     """What is added to C's diagonal by those who solve with it: a ridge, and what `compact` took off the rows."""
 
     def __init__(self, width: int, home: torch.device | None = None) -> None:
         self.width, self.home = width, home
         self.count = 0
-        self.floor = 0.0
+        self.ridge = 0.0
         self.root = torch.zeros(0, width)
         self.matrix = None
 
@@ -63,27 +63,27 @@ class SecondMoment:
         return self
 
     def add(self, other: SecondMoment) -> SecondMoment:
-        """Add another's content, its floor too. Returns itself."""
+        """Add another's content, its ridge too. Returns itself."""
         if other.root is not None:
             self.update(other.root)
         else:
             self._as_matrix(other.matrix.device)
             self.matrix += other.matrix.to(self.matrix.device)
         self.count += other.count - (other.root.shape[0] if other.root is not None else 0)
-        self.floor += other.floor
+        self.ridge += other.ridge
         return self
 
     def copy(self) -> SecondMoment:
         """Another of the same content; updating one leaves the other."""
         twin = SecondMoment(self.width)
-        twin.count, twin.floor, twin.root = self.count, self.floor, self.root
+        twin.count, twin.ridge, twin.root = self.count, self.ridge, self.root
         twin.matrix = None if self.matrix is None else self.matrix.to(torch.float64, copy=True)
         return twin
 
     def map(self, move: Callable[[Tensor], Tensor]) -> SecondMoment:
         """Another of the same content with its tensor moved."""
         twin = SecondMoment(self.width, self.home)
-        twin.count, twin.floor = self.count, self.floor
+        twin.count, twin.ridge = self.count, self.ridge
         twin.root = None if self.root is None else move(self.root)
         twin.matrix = None if self.matrix is None else move(self.matrix)
         return twin
@@ -94,7 +94,7 @@ class SecondMoment:
             self.root = self.root * factor**0.5
         else:
             self.matrix = self.matrix * factor
-        self.floor *= factor
+        self.ridge *= factor
         return self
 
     def to(self, device: torch.device) -> SecondMoment:
@@ -110,7 +110,7 @@ class SecondMoment:
         many rows, the `rank` largest directions as rows. Returns itself.
 
         What the next largest eigenvalue δ says was lost at most is taken off those kept, and half of it added to the
-        `floor`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2. Of more
+        `ridge`: Robust Frequent Directions (Luo et al., arXiv 1705.05067), so that ‖C − C'‖ ≤ δ / 2. Of more
         than 2,048 rows, and four times `rank`, the directions are found by random projections (Halko et al., arXiv
         0909.4061), and the error is of the order of δ.
         """
@@ -130,29 +130,29 @@ class SecondMoment:
         lost, top = values[-rank - 1].clamp(min=0), values[-rank:].clamp(min=1e-300)
         self.root = (rows[-rank:] * ((top - lost).clamp(min=0) / top).sqrt()[:, None]).float()
         self.matrix = None
-        self.floor += float(lost) / 2
+        self.ridge += float(lost) / 2
         return self
 
     @whole_products()
     def solve(self, rows: Tensor) -> Tensor:
-        """`rows` (n, d_in) times (C + floor I)⁻¹: (n, d_in) float64; by Cholesky factors of C, or where its root K has
-        fewer rows of K Kᵀ + floor I (Woodbury).
+        """`rows` (n, d_in) times (C + ridge I)⁻¹: (n, d_in) float64; by Cholesky factors of C, or where its root K has
+        fewer rows of K Kᵀ + ridge I (Woodbury).
 
         Raises:
-            ValueError: the floor is not positive.
+            ValueError: the ridge is not positive.
         """
-        if not self.floor > 0:
-            raise ValueError(f"floor={self.floor!r}; expected a positive number")
+        if not self.ridge > 0:
+            raise ValueError(f"ridge={self.ridge!r}; expected a positive number")
         rows = wide(rows)
         if self.matrix is not None:
             system = self.matrix.to(rows.device, torch.float64, copy=True)
-            system.diagonal().add_(self.floor)
+            system.diagonal().add_(self.ridge)
             return torch.cholesky_solve(rows.T, torch.linalg.cholesky(system)).T
         root = self.root.to(rows)
         small = root @ root.T
-        small.diagonal().add_(self.floor)
+        small.diagonal().add_(self.ridge)
         inner = torch.cholesky_solve(root @ rows.T, torch.linalg.cholesky(small))
-        return (rows - inner.T @ root) / self.floor
+        return (rows - inner.T @ root) / self.ridge
 
     @property
     def trace(self) -> float:

@@ -32,7 +32,7 @@ DIVERGENCE, DIVERGENCE_FACTS = 0.1, 10
 RIDGE = 0.2  # over the kernel's mean diagonal
 RIDGE_RAISED = (2.0, 8.0)  # where the budget is exceeded: by how far, at least and at most
 RIDGE_TRIES = 8  # in the later half what is wanted shrinks too, so that some budget is met
-MOMENT_FLOOR = 1e-2  # of the moment's mean diagonal
+MOMENT_RIDGE = 1e-2  # of the moment's mean diagonal
 LEAST_PASSED = 0.3  # of a write; less is taken as this much when what is missing is written once more
 
 # Thinned wordings, on the same facts.
@@ -53,7 +53,7 @@ BRIEF_ANSWER_TOKENS = 16  # the same of the answers to 290 more questions about 
 REACH, FARTHEST = 0.7, 2.0
 
 # Lessons module by module, on the tiny world: models whose stream does not grow.
-KL_FLOOR, KL_CEILING = 0.02, 5.0  # of a token's significance by KL
+KL_LEAST, KL_MOST = 0.02, 5.0  # of a token's significance by KL
 STANDING_RIDGE = 0.1  # of a standing instruction's solve, over the significance times the keys' mean square
 SAFE = 2.0  # nats by which a token must lead to count as said: less is soon lost to other lessons
 OWN_CHATS = 400  # written by the model where none are given

@@ -55,15 +55,15 @@ class Strays:
     def __init__(self, walk: Walk, end: Point, unembedding: Unembedding, objects: set[int]) -> None:
         self.walk, self.points, self.unembedding = walk, {"stream": end}, unembedding
         self.last, self.objects = len(walk.blocks) - 1, torch.tensor(sorted(objects))
-        self.before = self._said(walk.begin(self.points, self.last)["stream"]) if walk.sequences else None
+        self.before = self._predictions(walk.begin(self.points, self.last)["stream"]) if walk.sequences else None
 
     def share(self) -> float:
         """Of the rows, those that are now, and were not before, given a taught answer."""
         if self.before is None:
             return 0.0
-        now = self._said(self.walk.look(self.last, self.points)["stream"])
+        now = self._predictions(self.walk.look(self.last, self.points)["stream"])
         return float((torch.isin(now, self.objects) & (now != self.before)).float().mean())
 
-    def _said(self, stream: Tensor) -> Tensor:
+    def _predictions(self, stream: Tensor) -> Tensor:
         """The likeliest token at each row's last step: (rows)."""
         return self.unembedding.logits(stream.to(self.unembedding.head.weight.device)).argmax(1).cpu()

@@ -26,7 +26,7 @@ class Steps:
     """(n): whether a position is taught."""
     own: slice
     """The positions of the rows' own prompts; behind them are those of other wordings."""
-    lead: Tensor
+    margins: Tensor
     """(n): by how many nats the gold token led before."""
     needed: Tensor
     """(n): by how many it shall lead at least."""
@@ -52,12 +52,12 @@ class JointFit:
     @property
     def moving(self) -> Tensor:
         """(n): the taught positions where something is missing."""
-        return self.steps.taught & (self.steps.lead < self.margin - 1e-3)
+        return self.steps.taught & (self.steps.margins < self.margin - 1e-3)
 
     def lowered(self, wanted: Tensor, margin: Tensor) -> Tensor:
         """Lower the margin: what is left of a wanted change of the stream (n, d)."""
-        lead = self.steps.lead
-        part = (margin - lead) / (self.margin - lead).clamp(min=1e-3)
+        margins = self.steps.margins
+        part = (margin - margins) / (self.margin - margins).clamp(min=1e-3)
         self.margin = margin
         return wanted * part.clamp(0, 1)[:, None]
 
@@ -75,7 +75,7 @@ class JointFit:
             if late and bool((now > tuned.LEAD / 2)[steps.own][steps.taught[steps.own]].all()):
                 break
             if not again and step == 0 and bool(self.moving.any()):
-                part = ((now - steps.lead) / (self.margin - steps.lead))[self.moving].median()
+                part = ((now - steps.margins) / (self.margin - steps.margins))[self.moving].median()
                 self.passed = float(part.clamp(tuned.LEAST_PASSED, 1.0))
             more = (aimed - after) / self.passed
             if late:

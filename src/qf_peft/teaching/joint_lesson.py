@@ -33,7 +33,7 @@ from .held_out import HeldOutChats, Strays
 from .joint_fit import JointFit, Steps
 from .lesson import Learner, Lesson
 from .preserved_moments import PreservedMoments
-from .targets import Reading, leads, pushed, read_off
+from .targets import Readout, leads, pushed, read_off
 from .thinned import asked_as, thinned
 
 
@@ -142,9 +142,9 @@ class JointLesson(Lesson):
             "kl_preserved_worst": float(max(part.mean() for part in kl.split(self.moments.answers))),
             "ridge": ridge,
         }
-        rest = torch.zeros(len(self.gold) - len(reading.lead), dtype=torch.bool)
+        rest = torch.zeros(len(self.gold) - len(reading.margins), dtype=torch.bool)
         unread = torch.cat([before.read.cpu() != self.gold[steps.own], rest])
-        return metrics, self._any(unread), self._any(torch.cat([reading.lead.cpu() < 0, rest]))
+        return metrics, self._any(unread), self._any(torch.cat([reading.margins.cpu() < 0, rest]))
 
     @property
     def ends(self) -> dict[str, Point]:
@@ -161,9 +161,9 @@ class JointLesson(Lesson):
         """The taught positions, of which so many are the rows' own, and by row the answer's step that says what is
         new."""
         gold = self.gold.to(stream.device)
-        lead = leads(unembedding, stream, gold)
-        needed = tuned.LEAD + tuned.SURPLUS * (-lead).clamp(min=0)
-        return Steps(gold, self.answered.to(stream.device), slice(0, own), lead, needed), self._new(lead)
+        margins = leads(unembedding, stream, gold)
+        needed = tuned.LEAD + tuned.SURPLUS * (-margins).clamp(min=0)
+        return Steps(gold, self.answered.to(stream.device), slice(0, own), margins, needed), self._new(margins)
 
     def _unseen(
         self,
@@ -178,7 +178,7 @@ class JointLesson(Lesson):
         walk = Walk(self.network, self.blocks, self.index[first], aside, [1] * len(aside), **self.unseen)
         strays = Strays(walk, self.ends["stream"], unembedding, self._objects(new))
         walk = Walk(self.network, self.blocks, self.index[first], kept.held_out, kept.answers, **self.unseen)
-        head = None if known.styled else kept.head
+        head = None if known.holds_standing else kept.head
         return strays, HeldOutChats(walk, self.ends["stream"], unembedding, head)
 
     def _system(
@@ -211,12 +211,12 @@ class JointLesson(Lesson):
             known.tokens.pop(name, None)
             known.offset.pop(name, None)
 
-    def _metrics(self, fit: JointFit, before: Reading, after: Reading, chosen: list[str]) -> dict[str, float]:
-        own, lead = fit.steps.own, fit.steps.lead
-        moved = ((after.lead.to(lead) - lead[own]) / (fit.margin - lead)[own])[fit.moving[own]]
+    def _metrics(self, fit: JointFit, before: Readout, after: Readout, chosen: list[str]) -> dict[str, float]:
+        own, margins = fit.steps.own, fit.steps.margins
+        moved = ((after.margins.to(margins) - margins[own]) / (fit.margin - margins)[own])[fit.moving[own]]
         blocks = sorted({self.index[name] for name in chosen})
         return {
-            "taught_tokens": len(before.lead),
+            "taught_tokens": len(before.margins),
             "wordings": len(self.examples) - self.own,
             "kl_before": float(before.divergence.mean()),
             "kl_after": float(after.divergence.mean()),
@@ -243,9 +243,9 @@ class JointLesson(Lesson):
                 break
         return [name for name in candidates if self.index[name] >= index]
 
-    def _new(self, lead: Tensor) -> list[int]:
+    def _new(self, margins: Tensor) -> list[int]:
         """By row the answer's step that is furthest behind: where it says what is new."""
-        answers = [part[e.header :] for e, part in zip(self.examples, lead.split(self.kept), strict=True)]
+        answers = [part[e.header :] for e, part in zip(self.examples, margins.split(self.kept), strict=True)]
         return [int(part.argmin()) if len(part) else 0 for part in answers[: self.own]]
 
     def _beginnings(self, new: list[int]) -> Tensor:
@@ -273,7 +273,7 @@ class JointLesson(Lesson):
         rows = [ids for i, ids in enumerate(rows) if i % tuned.CONTRASTS_ASIDE != tuned.CONTRASTS_ASIDE - 1]
         points = {name: Point(self.layers[name], "input") for name in chosen}
         moments, host = {}, torch.device("cpu")
-        beside = sum(len(ids) - 2 for ids in rows)
+        neighbours = sum(len(ids) - 2 for ids in rows)
         # What all begin with, the system prompt, is preserved in every chat; a pass that need not keep it runs it once.
         shared = min(common(min(rows), max(rows)), *(len(ids) - 2 for ids in rows)) if rows else 0
         for first in range(0, len(rows), tuned.CONTRAST_BATCH):
@@ -282,7 +282,7 @@ class JointLesson(Lesson):
             options = {**self.unseen, "scratch": Scratch(device=host)}  # of all modules: too much for the device
             found = forward_pass(self.network, part, lengths, points, **options)
             # What is new is said at the last position; before it the answer may well begin as a taught one does.
-            weights = torch.full((sum(lengths),), tuned.CONTRAST_WEIGHT_ALONG / max(beside, 1))
+            weights = torch.full((sum(lengths),), tuned.CONTRAST_WEIGHT_ALONG / max(neighbours, 1))
             weights[torch.tensor(lengths).cumsum(0) - 1] = tuned.CONTRAST_WEIGHT / len(rows)
             for name, keys in found.items():
                 moment = moments.setdefault(name, SecondMoment(keys.shape[1], home=host))
@@ -297,7 +297,7 @@ class JointLesson(Lesson):
             bound = known.bound[name].copy()
         else:
             bound = self.moments.moments[name].copy()
-            bound.floor = tuned.MOMENT_FLOOR * bound.trace / bound.width
+            bound.ridge = tuned.MOMENT_RIDGE * bound.trace / bound.width
         strength = self.args.preserve_strength
         if name not in known.bound and strength != 1.0:
             bound.scale(strength)

@@ -18,7 +18,7 @@ from ..forward.blocks import find_blocks, split_path
 from ..forward.capture import forward_pass
 from ..forward.residual_stream import trace_writers
 from ..forward.scratch import Scratch
-from ..forward.unembedding import lead
+from ..forward.unembedding import margins
 from ..runtime.processes import from_main
 from ..solve.least_squares import LowRankDelta
 from .arguments import QFTrainingArguments
@@ -149,7 +149,7 @@ def unsaid(network: nn.Module, examples: list[Example], least: float, **options:
     kept = [e.taught for e in examples]
 
     def compare(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
-        short = lead(logits, gold[order].to(logits.device))[0].cpu() < least
+        short = margins(logits, gold[order].to(logits.device))[0].cpu() < least
         return {"wrong": short & answer[order]}
 
     wrong = forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)["wrong"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.ledger import asked, entry, joined
+from ..data.ledger import entry, joined, question_key
 from ..data.rows import Example, Row
 from ..evaluate.subject import Subject
 from ..forward.blocks import find_blocks
@@ -62,8 +62,8 @@ class Lessons:
         results, misread, entries, missed = [], [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
         held = self.tuner.taught.get(self.adapter)
-        styled = (held is not None and held.styled) or any(standing for _, standing in lessons)
-        sweeps = ModuleSweeps(self.subject, self.learner, chats, styled, self.progress.update)
+        holds_standing = (held is not None and held.holds_standing) or any(standing for _, standing in lessons)
+        sweeps = ModuleSweeps(self.subject, self.learner, chats, holds_standing, self.progress.update)
         for taught, standing in lessons:
             if joint:
                 found = JointLesson(self.learner, taught, moments, self.args, self.progress.update).run()
@@ -111,7 +111,7 @@ class Lessons:
         """Once the ledger has grown enough, teach again those of its entries that the model no longer says, but for
         the `new` questions. Returns whether it had."""
         taught = self.tuner.taught[self.adapter]
-        rows = [e.row() for e in taught.entries if not e.standing and asked(e) not in new]
+        rows = [e.row() for e in taught.entries if not e.standing and question_key(e) not in new]
         growth = self.args.rehearse
         if not rows or not growth or self.args.preserve_strength == 0 or taught.facts < growth * taught.rehearsed:
             return False
@@ -127,7 +127,7 @@ class Lessons:
                 JointLesson(self.learner, rows, self.moments(), self.args, self.progress.update).run()
             else:
                 chats = self.preserved(len(rows))
-                sweeps = ModuleSweeps(self.subject, self.learner, chats, taught.styled, self.progress.update)
+                sweeps = ModuleSweeps(self.subject, self.learner, chats, taught.holds_standing, self.progress.update)
                 sweeps.run(rows, replace(self.args, sweeps=1), standing=False)
         return True
 

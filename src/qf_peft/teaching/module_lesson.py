@@ -21,15 +21,15 @@ from ..forward.residual_stream import aim_through_norm, norm_gain
 from ..forward.unembedding import Unembedding
 from ..forward.walk import Walk
 from ..runtime.devices import solves_on
-from ..solve.least_squares import LowRankDelta, TaughtTokens, beside, minimum_norm
+from ..solve.least_squares import LowRankDelta, TaughtTokens, minimum_norm, recursive_update
 from ..solve.second_moment import SecondMoment
 from .arguments import QFTrainingArguments
-from .constants import FEW, KL_CEILING, KL_FLOOR, SAFE, STANDING_RIDGE
+from .constants import FEW, KL_LEAST, KL_MOST, SAFE, STANDING_RIDGE
 from .lesson import Learner, Lesson
 from .preserved_chats import answer_starts
 from .preserved_keys import Preserved, nearness
-from .preserved_walk import PreservedWalk, contrast_count, contrasting_chats, middle, nearest_chats
-from .targets import Reading, aim, read_off
+from .preserved_walk import PreservedWalk, contrast_count, contrasting_chats, middle_module, nearest_chats
+from .targets import Readout, aim, read_off
 
 
 class ModuleLesson(Lesson):
@@ -38,7 +38,7 @@ class ModuleLesson(Lesson):
     Args:
         learner, examples, args, progress: as [`Lesson`]'s.
         chats: those to keep, and others of which the ones nearest to the examples are kept too, with keys at
-            `middle(names)` only; either may be None.
+            `middle_module(names)` only; either may be None.
         standing: the examples teach a standing instruction, and with it the chats that would else be preserved.
         earlier: how many rows the adapter was taught before.
         again: these are rows of a lesson just taught, which the model does not say yet. What is near to them binds
@@ -65,7 +65,7 @@ class ModuleLesson(Lesson):
         self.preserved, self.contrast = chats[0], None if again else chats[1]
         super().__init__(learner, examples, args, progress)
 
-    solve = staticmethod(beside)
+    solve = staticmethod(recursive_update)
     """How a module's problem is solved where chats are preserved."""
 
     def run(self) -> tuple[dict[str, float], list[int], list[int]]:
@@ -79,16 +79,18 @@ class ModuleLesson(Lesson):
                 self.network, [e.context_ids for e in self.examples], self.kept, {**goals, **ends}, **self.options
             )
         depth = len(self.blocks)
-        centre = {"middle": Point(self.layers[middle(self.names)], "input")} if self.preserved is not None else {}
+        centre = (
+            {"middle": Point(self.layers[middle_module(self.names)], "input")} if self.preserved is not None else {}
+        )
         points = {**self._points(first), **centre, **ends}
-        options, reading = {}, Reading.empty(len(self.gold))
+        options, reading = {}, Readout.empty(len(self.gold))
         unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
         if unembedding is None:
             options = {"head_inputs": context["head"], "on_logits": self._compare}
         walk = Walk(self.network, self.blocks, self.index[first], self.bare, self.kept, **self.options)
         found = walk.begin(points, depth - 1, **options)
         if options:
-            reading = Reading(**{name: found.pop(name) for name in vars(reading)})
+            reading = Readout(**{name: found.pop(name) for name in vars(reading)})
         target, significance, reading = self._aim(unembedding, context, found, reading)
         kl_before = float(reading.divergence.mean())
 
@@ -100,7 +102,7 @@ class ModuleLesson(Lesson):
             reading = read_off(unembedding, context["stream"], after, self.gold.to(after.device))
         else:
             options["progress"] = lambda n: None
-            reading = Reading(**forward_pass(self.network, self.bare, self.kept, {}, **{**self.options, **options}))
+            reading = Readout(**forward_pass(self.network, self.bare, self.kept, {}, **{**self.options, **options}))
             walk.steps += 1
         metrics = {
             "taught_tokens": len(self.gold),
@@ -110,11 +112,11 @@ class ModuleLesson(Lesson):
             "rank": self.tuner.peft_config[self.adapter].r,
             "forward_passes": round(1 + walk.steps, 2),
         }
-        return metrics, self._any(reading.read != self.gold), self._any(reading.lead < SAFE)
+        return metrics, self._any(reading.read != self.gold), self._any(reading.margins < SAFE)
 
     def _aim(
-        self, unembedding: Unembedding | None, context: dict[str, Tensor], found: dict[str, Tensor], reading: Reading
-    ) -> tuple[dict[str, Tensor], Tensor, Reading]:
+        self, unembedding: Unembedding | None, context: dict[str, Tensor], found: dict[str, Tensor], reading: Readout
+    ) -> tuple[dict[str, Tensor], Tensor, Readout]:
         """What each module's goal should become, by name; how much each position counts (n); and the reading before.
 
         The final stream's goal is the nearest state that says the completion where the unembedding reads that stream.
@@ -133,7 +135,7 @@ class ModuleLesson(Lesson):
         else:
             counts = reading.divergence
         if self.args.significance == "kl":
-            significance = significance * (KL_FLOOR + counts.to(significance).clamp(max=KL_CEILING))
+            significance = significance * (KL_LEAST + counts.to(significance).clamp(max=KL_MOST))
         return target, significance, reading
 
     def _teach(self, walk: Walk, found: dict[str, Tensor], target: dict[str, Tensor], significance: Tensor) -> float:
@@ -189,12 +191,12 @@ class ModuleLesson(Lesson):
             if name == (final or self.names[-1]):
                 left = rest.norm()
             self.options["progress"](len(self.examples) / len(self.names))
-        self._finish(known, settings=self.settings, styled=known.styled or self.standing)
+        self._finish(known, settings=self.settings, holds_standing=known.holds_standing or self.standing)
         return float(left / wanted.clamp(min=torch.finfo(torch.float32).tiny))
 
     def _chats(self, taught: Tensor) -> PreservedWalk:
         """The preserved chats, those nearest to the examples' keys (examples, d_in) at the middle module walked."""
-        first, name, taught = self.names[0], middle(self.names), taught.cpu()
+        first, name, taught = self.names[0], middle_module(self.names), taught.cpu()
         count = 0 if self.few or self.again else self.args.remeasure * len(self.examples)
         again = nearest_chats(self.preserved, name, taught, count)
         sequences, kept = [self.preserved.sequences[i] for i in again], [self.preserved.kept[i] for i in again]
@@ -235,22 +237,22 @@ class ModuleLesson(Lesson):
         before = known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)
         before = before.to(new.keys.device)
         if preserved is None:  # a standing instruction shall hold on chats not taught, so shrink it evenly
-            bound.floor += STANDING_RIDGE * total * float(new.keys.square().mean())
+            bound.ridge += STANDING_RIDGE * total * float(new.keys.square().mean())
         else:
             preserved, weights = self._weighed(preserved, new)
             strength = self.args.preserve_strength * total
             squares = torch.linalg.vector_norm(preserved, dim=1, dtype=torch.float32).square()
             mean = float((squares * weights).sum()) / width
-            bound.floor += self.args.ridge * strength * mean
+            bound.ridge += self.args.ridge * strength * mean
             # Preserved keys are taught to have their outputs before the first lesson: what was moved comes back.
             keys, moved = preserved.to(new.keys), new.residual.new_zeros(len(preserved), new.residual.shape[1])
-            if not known.styled and before.A.any() and before.B.any():
+            if not known.holds_standing and before.A.any() and before.B.any():
                 moved = before(keys)
                 if name in known.foundation:
                     moved = moved - known.foundation[name].to(keys)(keys)
             change = self.solve(bound, new, TaughtTokens(keys, -moved, weights.to(new.keys) * strength))
         if preserved is None:
-            change = beside(bound, new)
+            change = recursive_update(bound, new)
         config = self.tuner.peft_config[self.adapter]
         # The last module's loss would not be made up for by another.
         dropped = self.args.rank_tolerance * change.norm if config.grows and name != self.names[-1] else 0.0
@@ -317,7 +319,7 @@ class ModuleLesson(Lesson):
 
     def _compare(self, order: Tensor, bare: Tensor, context: Tensor) -> dict[str, Tensor]:
         """For passes that unembed the bare stream and the context's behind it."""
-        return vars(Reading.of(context.log_softmax(-1), bare.log_softmax(-1), self.gold[order]))
+        return vars(Readout.of(context.log_softmax(-1), bare.log_softmax(-1), self.gold[order]))
 
 
 def _halves(count: int) -> set[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
-from ..data.ledger import asked
+from ..data.ledger import question_key
 from ..data.rows import Row
 from ..evaluate.subject import Subject
 from ..forward.unembedding import diverged, head_inputs
@@ -28,7 +28,8 @@ class ModuleSweeps:
         subject: whose adapter.
         learner: the same as lessons take it.
         chats: what is preserved, and contrast chats.
-        styled: whether the adapter holds a standing instruction, or will: chats then diverge from what is said before.
+        holds_standing: whether the adapter holds a standing instruction, or will: chats then diverge from what is said
+            before.
         progress: called with the number of rows done.
     """
 
@@ -37,10 +38,10 @@ class ModuleSweeps:
         subject: Subject,
         learner: Learner,
         chats: tuple[Preserved | None, Preserved | None],
-        styled: bool,
+        holds_standing: bool,
         progress: Callable[[float], None],
     ) -> None:
-        self.subject, self.learner, self.chats, self.styled = subject, learner, chats, styled
+        self.subject, self.learner, self.chats, self.holds_standing = subject, learner, chats, holds_standing
         self.progress = progress
 
     def run(self, rows: list[Row], args: QFTrainingArguments, standing: bool) -> Taught:
@@ -74,8 +75,10 @@ class ModuleSweeps:
         preserved: the least that is found to do, by bisection on its logarithm."""
         tuner, adapter, network = self.subject.tuner, self.subject.adapter_name, self.subject.network
         before, options = tuner.version(adapter), self.subject.pass_options
-        allowed = args.divergence_of(len({asked(e) for e in self.subject.facts} | {asked(row) for row in rows}))
-        with nullcontext() if self.styled else tuner.without_adapters():
+        allowed = args.divergence_of(
+            len({question_key(e) for e in self.subject.facts} | {question_key(row) for row in rows})
+        )
+        with nullcontext() if self.holds_standing else tuner.without_adapters():
             head = head_inputs(network, kept.held_out, kept.answers, **options)
         strength, harmful, fitting, passes = args.preserve_strength, None, None, 0.0
         for left in reversed(range(STRENGTH_TRIES)):

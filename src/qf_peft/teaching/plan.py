@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adapter.checks import check_teachable
-from ..data.ledger import asked, check_consistent
+from ..data.ledger import check_consistent, question_key
 from ..evaluate.subject import Subject
 from ..forward.blocks import find_blocks, split_path
 from .constants import HELD_OUT, OWN_CHATS, STRENGTH_TRIES
@@ -27,8 +27,8 @@ def plan(subject: Subject, lessons: Lessons) -> dict[str, Any]:
     for row in subject.rows:
         if row.completion is None:  # what can be known of it: that the template takes it
             subject.encoder.prompt_ids(row, instructed=True)
-    args, facts = lessons.args, {asked(e): e.completion for e in subject.facts}
-    corrected = sum(asked(row) in facts and facts[asked(row)] != row.completion for row in rows)
+    args, facts = lessons.args, {question_key(e): e.completion for e in subject.facts}
+    corrected = sum(question_key(row) in facts and facts[question_key(row)] != row.completion for row in rows)
     modules = list(subject.tuner.adapter_layers(subject.adapter_name))
     blocks = [split_path(name)[1] for name in modules]
     depth = len(find_blocks(subject.network)[1])

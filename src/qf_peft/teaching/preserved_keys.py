@@ -166,8 +166,8 @@ def nearest(starts: Tensor, taught: Tensor, count: int) -> list[int]:
     Returns:
         Indices into the chats, by the cosine of the keys less the chats' mean.
     """
-    unit, middle = torch.nn.functional.normalize, starts.float().mean(0)
-    alike = unit(starts.float() - middle, dim=1) @ unit(taught.float() - middle, dim=1).T
+    unit, centre = torch.nn.functional.normalize, starts.float().mean(0)
+    alike = unit(starts.float() - centre, dim=1) @ unit(taught.float() - centre, dim=1).T
     ranked = alike.argsort(dim=0, descending=True, stable=True).flatten().tolist()
     return list(dict.fromkeys(ranked))[:count]
 

@@ -75,7 +75,7 @@ def contrasting_chats(
     return sequences, kept
 
 
-def middle(names: list[str]) -> str:
+def middle_module(names: list[str]) -> str:
     """The module at whose keys chats are compared: early enough to tell subjects, late enough to have read them."""
     return names[len(names) // 2]
 
@@ -108,7 +108,7 @@ def preserved_and_contrasting(
     with learner.tuner.without_adapters():
         preserved = preserved_keys(network, encoder, layers, chats or [], own, **options).split()
         if contrast_count(rows, earlier, args.contrast_chats):
-            name = middle(list(layers))
+            name = middle_module(list(layers))
             options["seed"] += 1  # other chats than those preserved
             contrast = preserved_keys(
                 network, encoder, {name: layers[name]}, [], args.contrast_chats, starts_only=True, **options

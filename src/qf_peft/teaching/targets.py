@@ -13,41 +13,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..forward.unembedding import CANDIDATES, Unembedding, chunks, divergence, lead
+from ..forward.unembedding import CANDIDATES, Unembedding, chunks, divergence, margins
 from ..runtime.processes import dealt, join
 from .constants import FARTHEST, REACH
 
 
 @dataclass(frozen=True)
-class Reading:
+class Readout:
     """What is read off predictions at n positions."""
 
     divergence: Tensor
     """(n): KL(context ‖ bare), in nats."""
     read: Tensor
     """(n): the token that is likeliest in context."""
-    lead: Tensor
+    margins: Tensor
     """(n): by how many nats the gold token leads all others in the bare pass; negative where it does not."""
 
     @classmethod
-    def empty(cls, count: int) -> Reading:
+    def empty(cls, count: int) -> Readout:
         return cls(torch.empty(count), torch.empty(count, dtype=torch.long), torch.empty(count))
 
     @classmethod
-    def of(cls, context: Tensor, bare: Tensor, gold: Tensor) -> Reading:
+    def of(cls, context: Tensor, bare: Tensor, gold: Tensor) -> Readout:
         """Read log-probabilities in context and bare, (n, vocabulary) each."""
-        values = divergence(context, bare), context.argmax(-1), lead(bare, gold.to(bare.device))[0]
+        values = divergence(context, bare), context.argmax(-1), margins(bare, gold.to(bare.device))[0]
         return cls(*(value.cpu() for value in values))
 
     def note(self, part: slice, context: Tensor, bare: Tensor, gold: Tensor) -> None:
         """Read some of the positions."""
-        for name, values in vars(Reading.of(context, bare, gold)).items():
+        for name, values in vars(Readout.of(context, bare, gold)).items():
             getattr(self, name)[part] = values
 
 
-def read_off(unembedding: Unembedding, context: Tensor, bare: Tensor, gold: Tensor) -> Reading:
+def read_off(unembedding: Unembedding, context: Tensor, bare: Tensor, gold: Tensor) -> Readout:
     """The reading of streams (n, d) in context and bare, with gold tokens (n)."""
-    reading, parts = Reading.empty(len(bare)), list(dealt(chunks(len(bare), unembedding.head)))
+    reading, parts = Readout.empty(len(bare)), list(dealt(chunks(len(bare), unembedding.head)))
     for part in parts:
         p, q = (unembedding.predictions(unembedding.logits(states)) for states in unembedding.near(context, bare, part))
         reading.note(part, p, q, gold[part])
@@ -57,7 +57,7 @@ def read_off(unembedding: Unembedding, context: Tensor, bare: Tensor, gold: Tens
 
 def aim(
     unembedding: Unembedding, bare: Tensor, context: Tensor, gold: Tensor, nearest: bool, margin: float | None
-) -> tuple[Tensor, Tensor, Reading]:
+) -> tuple[Tensor, Tensor, Readout]:
     """Where the stream should go, and how far the predictions there are from the bare ones.
 
     Args:
@@ -69,7 +69,7 @@ def aim(
     Returns:
         The states aimed at (n, d), KL(p_aim ‖ p_bare) in nats (n), and the reading before.
     """
-    reading, counts, aimed = Reading.empty(len(bare)), bare.new_empty(len(bare)), context.clone()
+    reading, counts, aimed = Readout.empty(len(bare)), bare.new_empty(len(bare)), context.clone()
     parts = list(dealt(chunks(len(bare), unembedding.head)))
     for part in parts:
         start, end = unembedding.near(bare, context, part)
@@ -79,9 +79,9 @@ def aim(
         logits = last
         if margin is not None:
             if nearest:
-                end = on_the_way(unembedding, start, end, own, margin, first, last)
+                end = interpolated_to_margin(unembedding, start, end, own, margin, first, last)
                 logits = unembedding.logits(end)
-            end, logits = forced(unembedding, end, own, margin, logits)
+            end, logits = projected_to_margin(unembedding, end, own, margin, logits)
             aimed[part] = end.to(aimed.device)
         counts[part] = divergence(unembedding.predictions(logits), q).to(counts.device)
     places = [torch.arange(len(bare))[part] for part in parts]
@@ -108,12 +108,12 @@ def leads(unembedding: Unembedding, stream: Tensor, gold: Tensor) -> Tensor:
     ahead, parts = stream.new_empty(len(stream)), list(dealt(chunks(len(stream), unembedding.head)))
     for part in parts:
         start, own = unembedding.near(stream, gold, part)
-        ahead[part] = lead(unembedding.logits(start), own)[0].to(ahead.device)
+        ahead[part] = margins(unembedding.logits(start), own)[0].to(ahead.device)
     join({"ahead": ahead}, [torch.arange(len(stream))[part] for part in parts])
     return ahead
 
 
-def forced(
+def projected_to_margin(
     unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: float, logits: Tensor, steps: int = 8
 ) -> tuple[Tensor, Tensor]:
     """The nearest states to `stream` (n, d), whose logits are given, at which each gold token leads by `margin` nats;
@@ -124,7 +124,7 @@ def forced(
     """
     moved, logits = stream.clone(), logits.clone()
     for _ in range(steps):
-        ahead, other = lead(logits, gold)
+        ahead, other = margins(logits, gold)
         rows = (margin - ahead > 1e-3).nonzero()[:, 0]
         if not len(rows):
             break
@@ -139,8 +139,8 @@ def forced(
 def ahead_of_rivals(
     unembedding: Unembedding, stream: Tensor, gold: Tensor, margin: Tensor, logits: Tensor, steps: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """As [`forced`], to margins of each one's own (n), but among the tokens that are the first at `stream` only: no
-    logits of the whole vocabulary are computed. Returns the states, and the leads at `stream` (n)."""
+    """As [`projected_to_margin`], to margins of each one's own (n), but among the tokens that are the first at `stream`
+    only: no logits of the whole vocabulary are computed. Returns the states, and the leads at `stream` (n)."""
     rivals = logits.scatter(1, gold[:, None], -torch.inf).topk(min(CANDIDATES, logits.shape[1] - 1), 1)
     tokens = torch.cat([gold[:, None], rivals.indices], 1)
     moved, follow, values = stream.clone(), unembedding.rows(tokens), logits.gather(1, tokens)
@@ -190,7 +190,7 @@ def not_far(stream: Tensor, moved: Tensor) -> Tensor:
     return stream + step * (most / torch.linalg.vector_norm(step, dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
 
 
-def on_the_way(
+def interpolated_to_margin(
     unembedding: Unembedding, bare: Tensor, context: Tensor, gold: Tensor, margin: float, first: Tensor, last: Tensor
 ) -> Tensor:
     """How far to go from `bare` to `context` (n, d each), whose logits are `first` and `last`, until each gold token
@@ -199,7 +199,7 @@ def on_the_way(
     0 where it leads already, all the way where it never does. By bisection on the logits of the tokens that are among
     the first at either end.
     """
-    there = lead(first, gold)[0] >= margin
+    there = margins(first, gold)[0] >= margin
     k = min(CANDIDATES, first.shape[1])
     candidates = torch.cat([first.topk(k, 1).indices, last.topk(k, 1).indices], 1)
     candidates = torch.where(candidates == gold[:, None], candidates[:, :1], candidates)

@@ -18,8 +18,8 @@ from ..adapter.checks import active_qf_adapter, check_teachable
 from ..adapter.modes import evaluating
 from ..adapter.statistics_file import weights_sum
 from ..adapter.target_modules import check_linear
-from ..adapter.versions import kept as kept_versions
-from ..data.ledger import Entry, asked, check_consistent
+from ..adapter.versions import within_memory
+from ..data.ledger import Entry, check_consistent, question_key
 from ..data.rows import Encoder, Row, read_rows
 from ..evaluate.metrics import Metric, kept_rows, measure, paraphrase_rows
 from ..evaluate.report import write_report
@@ -140,10 +140,10 @@ class QFTrainer(Subject):
                 raise ValueError("train_dataset is missing; give a list of dicts or a datasets.Dataset")
             rows = self.completed(lessons.progress, self.rows)
             check_consistent(rows)
-            answers = {asked(row): row.completion for row in rows}
-            if any(answers.get(asked(e), e.completion) != e.completion for e in self.facts):
+            answers = {question_key(row): row.completion for row in rows}
+            if any(answers.get(question_key(e), e.completion) != e.completion for e in self.facts):
                 # A correction: nothing of the old answer is left where it was never taught.
-                rest = [e.row() for e in self.facts if asked(e) not in answers]
+                rest = [e.row() for e in self.facts if question_key(e) not in answers]
                 lessons.reset()
                 self.metrics = lessons.teach(rest + rows)
             else:
@@ -368,7 +368,7 @@ class QFTrainer(Subject):
                 self.metrics = metrics
                 raise
             earlier = tuner.versions.get(self.adapter_name, [])
-            tuner.versions[self.adapter_name] = kept_versions(earlier, before, tuner.taught.get(self.adapter_name))
+            tuner.versions[self.adapter_name] = within_memory(earlier, before, tuner.taught.get(self.adapter_name))
 
 
 def _read(dataset: Any) -> tuple[Any, list[Row]]:
