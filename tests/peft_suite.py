@@ -28,6 +28,9 @@ BY_DESIGN: dict[str, str] = {
     "an option of LoRA that a QF adapter does not have": (
         "the option puts something else than B @ A beside the weight, or changes the base weight"
     ),
+    "of its tensors belong to no target module": (
+        "a file changes nothing of the base model that its configuration does not name; LoRA's may overwrite any weight"
+    ),
     "a pickle, which can run code": "adapters from strangers are loaded from safetensors only",
     "is not compatible with the `PeftMixedModel`": "PEFT has a closed list of the types that can be mixed",
 }

@@ -47,7 +47,7 @@ def unpack(layer: nn.Module) -> None:
     (as of peft 0.21 and bitsandbytes 0.50) and would merge into noise; and bitsandbytes' own way back, taken whenever a
     state dict is made, leaves the blocks' scales transposed, so that saving an adapter would spoil the base model.
     """
-    weight = getattr(layer, "weight", None)
+    weight = layer._parameters.get("weight")  # its own: what stands for another's may have to be computed
     state = getattr(weight, "quant_state", None)
     if not getattr(state, _PACKED, False):
         return
