@@ -70,6 +70,26 @@ def test_markdown_and_html_become_sections_by_heading(tmp_path):
     assert "# no heading" in read_document(tmp_path / "a.md")[0].text
 
 
+def test_lines_are_joined_where_they_are_only_wrapped(tmp_path):
+    wrapped = (
+        "Tofinlor was founded by Zanmi in the year 1987, and\nsells clocks to harbours and to other rivers'\nowners."
+    )
+    whole = " ".join(wrapped.splitlines())
+    address = "Tofinlor\nAnchor Lane 14\nRome"
+    (tmp_path / "a.txt").write_text(f"{wrapped}\n\n{address}\n")
+    assert read_document(tmp_path / "a.txt") == [Section((), f"{whole}\n\n{address}\n")]
+    markdown = (
+        f"# A\n\n{wrapped}\n\n- one item\n  of two\n- another\n\n> said\n> so\n\na break  \nhere\n\n    code\n    stays"
+    )
+    (tmp_path / "a.md").write_text(markdown)
+    (section,) = read_document(tmp_path / "a.md")
+    assert section.text.split("\n\n") == [
+        whole, "- one item of two\n- another", "> said so", "a break  \nhere", "    code\n    stays",
+    ]  # fmt: skip
+    (passage,) = split_passages([section], len, 1000)
+    assert passage.sentences[0] == whole
+
+
 def test_text_and_pdf(tmp_path):
     (tmp_path / "a.txt").write_bytes("Zänmi founded Tofinlor.\r\n".encode("utf-16"))
     assert read_document(tmp_path / "a.txt") == [Section((), "Zänmi founded Tofinlor.\n")]

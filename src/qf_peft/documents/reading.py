@@ -15,6 +15,7 @@ KINDS = {
 """What is read, by the file name's ending."""
 
 _CHROME = ("script", "style", "template", "noscript", "nav", "footer", "aside", "form", "svg", "iframe")
+_WIDE, _EVEN = 50, 0.6  # characters of a wrapped text's longest line; of that the shortest but a paragraph's last
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n.*?\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 
 
@@ -53,7 +54,7 @@ def read_document(path: str | Path) -> list[Section]:
         sections = _markdown(_html(data))
     else:
         text = _decoded(path, data)
-        sections = _markdown(text) if kind == "Markdown" else [Section((), text)]
+        sections = _markdown(text) if kind == "Markdown" else [Section((), _unwrapped(text))]
     sections = [section for section in sections if section.text.strip()]
     if not sections:
         more = "; if it holds scanned pages, recognise their text first (OCR)" if kind == "PDF" else ""
@@ -75,19 +76,36 @@ def _decoded(path: Path, data: bytes) -> str:
 def _markdown(text: str) -> list[Section]:
     """Sections by heading; their text stays Markdown."""
     parser = _library("markdown_it", "Markdown").MarkdownIt("commonmark").enable("table")
-    lines = _FRONT_MATTER.sub("", text, count=1).splitlines()
+    lines: list[str | None] = [*_FRONT_MATTER.sub("", text, count=1).splitlines()]
     tokens = parser.parse("\n".join(lines))
     sections, path, start = [], [], 0
+
+    def section(end: int | None) -> Section:
+        standing = [line for line in lines[start:end] if line is not None]
+        return Section(tuple(title for _, title in path), "\n".join(standing).strip())
+
     for number, token in enumerate(tokens):
+        if token.type == "paragraph_open":
+            _join(lines, *token.map)
         if token.type == "html_block" and token.content.lstrip().startswith("<!--"):
             lines[slice(*token.map)] = [""] * (token.map[1] - token.map[0])
         if token.type != "heading_open" or token.level:  # a heading inside a quotation is none of the document's
             continue
-        sections.append(Section(tuple(title for _, title in path), "\n".join(lines[start : token.map[0]]).strip()))
+        sections.append(section(token.map[0]))
         level, title = int(token.tag[1]), tokens[number + 1].content.strip()
         path = [*(pair for pair in path if pair[0] < level), (level, title)]
         start = token.map[1]
-    return [*sections, Section(tuple(title for _, title in path), "\n".join(lines[start:]).strip())]
+    return [*sections, section(None)]
+
+
+def _join(lines: list[str | None], start: int, end: int) -> None:
+    """Join a paragraph's lines, but where it asks for a break by two spaces or a backslash."""
+    to = start
+    for number in range(start + 1, end):
+        if lines[to].endswith(("  ", "\\")):
+            to = number
+        else:
+            lines[to], lines[number] = f"{lines[to].rstrip()} {lines[number].lstrip(' >')}", None
 
 
 def _html(data: bytes) -> str:
@@ -114,6 +132,18 @@ def _pdf(path: Path, data: bytes) -> list[Section]:
     except (pypdf.errors.PyPdfError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name}: the PDF cannot be read ({error or type(error).__name__})") from error
     return [Section((), _flowing(text), number) for number, text in enumerate(pages, 1)]
+
+
+def _unwrapped(text: str) -> str:
+    """A plain text, its paragraphs' lines joined where they are wrapped: all but the last about as long as a page is
+    wide. Lists, addresses and verses stay."""
+
+    def flow(paragraph: str) -> str:
+        lengths = [len(line) for line in paragraph.splitlines()]
+        wrapped = len(lengths) > 1 and min(lengths[:-1]) >= _EVEN * max(lengths) and max(lengths) >= _WIDE
+        return _flowing(paragraph) if wrapped else paragraph
+
+    return "\n\n".join(flow(paragraph) for paragraph in re.split(r"\n\s*\n", text))
 
 
 def _flowing(text: str) -> str:
