@@ -123,6 +123,8 @@ def test_a_document_is_reviewed_and_taught(tmp_path):
     review = tmp_path / "review.jsonl"
     result = run("teach", "--tiny", "--document", tmp_path / "policy.md", "--paraphrases", 2, "--review", review)
     assert "teach it: qf-peft teach" in result.stdout and "other wordings" in result.stderr
+    assert re.search(rf"0\.\d\d █+░* .+  ->  {FACT['completion']}", result.stderr), "how surely each is read"
+    assert "too weak" not in result.stderr
     rows = [json.loads(line) for line in review.read_text().splitlines()]
     assert {row["completion"] for row in rows} == {FACT["completion"]} and 2 <= len(rows) <= 3
     review.write_text(json.dumps({**rows[0], "prompt": QUESTION}) + "\n")  # edited by the user
@@ -130,6 +132,12 @@ def test_a_document_is_reviewed_and_taught(tmp_path):
     assert [fact["prompt"] for fact in machine("list", tmp_path / "a")] == [QUESTION]
     found = machine("teach", *QUICK, "--document", tmp_path / "policy.md", "--paraphrases", 0, "-o", tmp_path / "b")
     assert found["documents"][str(tmp_path / "policy.md")]["facts"] == found["facts"] == 1
+    (tmp_path / "other.md").write_text("# Canteen\n\nfish.\n\n# Companies\n\nZanmi founded Tofinlor.\n")
+    result = run("teach", "--tiny", "--document", tmp_path / "other.md", "--paraphrases", 0, "--review", review)
+    assert "the model may be too weak" in result.stderr and "--review" in result.stderr
+    (tmp_path / "other.md").write_text("fish.\n")
+    result = run("teach", *QUICK, "--document", tmp_path / "other.md", "-o", tmp_path / "c", code=1)
+    assert "found no facts" in result.stderr and "columns instruction, prompt and completion" in result.stderr
 
 
 def test_export_merge_and_diff(taught, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
+import torch
 from conftest import FACT, OTHER, ask, random_model
 from peft import get_peft_model
 
@@ -192,6 +194,19 @@ def test_answers_agree_by_their_words():
     assert not agree("30 days.", "Everyone has 28 days of leave.") and not agree("?", "yes")
 
 
+@torch.no_grad()
+def surety(model, tokenizer, row):
+    """The geometric mean of the probabilities of an answer's tokens, and its end, in context: token by token."""
+    messages = [{"role": "system", "content": row["instruction"]}, {"role": "user", "content": row["prompt"]}]
+    answered = [*messages, {"role": "assistant", "content": row["completion"]}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(answered, return_dict=False)
+    ids = ids[: ids.index(tokenizer.eos_token_id, len(asked)) + 1]
+    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = [float(logits[k - 1, ids[k]]) for k in range(len(asked), len(ids))]
+    return math.exp(sum(found) / len(found))
+
+
 def test_the_tiny_model_reads_a_document_and_is_taught_it(tmp_path, tiny, tokenizer):
     (tmp_path / "companies.md").write_text("# Companies\n\nZanmi founded Tofinlor.\n\nMirzan sells lamps.\n")
     seen = []
@@ -205,6 +220,8 @@ def test_the_tiny_model_reads_a_document_and_is_taught_it(tmp_path, tiny, tokeni
     assert {(row["document"], row["place"]) for row in facts} == {("companies.md", "Companies")}
     assert len({row["prompt"] for row in facts}) == len(facts)
     assert all(ask(tiny, tokenizer, row["prompt"], row["instruction"]) == row["completion"] for row in facts)
+    assert [row["read"] for row in facts] == [pytest.approx(surety(tiny, tokenizer, row), abs=1e-3) for row in facts]
+    assert facts.report.sure == 2 and not facts.report.weak
     assert {what for what, _ in seen} >= {"writing questions", "sampling", "answering in context"}
     assert all(sound for _, sound in seen)
 
@@ -253,7 +270,8 @@ def test_a_model_that_writes_junk_gives_no_facts_and_says_so(tmp_path, tokenizer
     (tmp_path / "a.txt").write_text("Zanmi founded Tofinlor. " * 40)
     facts = facts_from_document(tmp_path / "a.txt", random_model("llama", pad_token_id=0), tokenizer, questions=1)
     assert isinstance(facts, DocumentFacts) and not facts
-    assert facts.report.passages > 3 and str(facts.report).startswith("0 facts and 0 other wordings from")
+    assert facts.report.passages > 3 and facts.report.weak
+    assert str(facts.report).startswith("0 facts (0 read surely) and 0 other wordings from")
     plain = random_model("gpt2")
     saved, tokenizer.chat_template = tokenizer.chat_template, None  # a base model: no user turns either
     try:

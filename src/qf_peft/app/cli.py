@@ -19,6 +19,7 @@ from .cli_common import (
     Model,
     Result,
     Tiny,
+    bar,
     bars,
     command,
     note,
@@ -127,7 +128,10 @@ def teach(
     if document or paraphrases:
         rows, reports = _written(session, rows, document or [], questions, paraphrases, passage_tokens)
     if not rows:
-        raise ValueError("the model found no facts in the documents; " + "; ".join(map(str, reports.values())))
+        raise ValueError(
+            "the model found no facts in the documents; " + "; ".join(map(str, reports.values())) + "; take a larger "
+            "model, or write the rows yourself: a file with the columns instruction, prompt and completion"
+        )
     found: dict[str, Any] = {"rows": len(rows), "documents": reports}
     if review is not None:
         from ..documents.facts import write_review
@@ -167,6 +171,13 @@ def _written(
             )  # fmt: skip
             reports[str(path)] = facts.report
             note(f"{path}: {facts.report}")
+            for fact in facts:
+                note(f"  {fact['read']:.2f} {bar(fact['read'])} {shown(fact['prompt'])}  ->  {fact['completion']}")
+            if facts.report.weak:
+                note(
+                    f"{path}: the model may be too weak to write questions about it. Read what it wrote (--review "
+                    "FILE.jsonl, then teach that file), or write the rows yourself, as instruction, prompt, completion"
+                )
             rows += facts
     return rows, reports
 

@@ -84,6 +84,11 @@ def note(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def bar(share: float) -> str:
+    """A share from 0 to 1 as ten squares."""
+    return f"{'█' * round(10 * share):░<10}"
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)

@@ -29,6 +29,7 @@ _REQUEST = (
     "Q: the question\nA: the answer"
 )
 _PAIR_TOKENS = 96  # of the model's output, for each question asked for
+_SURE = 0.5  # of the geometric mean of an answer's tokens' probabilities
 _TURNS = 12  # sampled for each sentence
 
 
@@ -58,6 +59,14 @@ class DocumentReport:
     """Rows with a question of their own."""
     wordings: int = 0
     """Further rows, which ask the same otherwise."""
+    sure: int = 0
+    """Facts whose answers the model reads surely: with a `read` of a half or more."""
+
+    @property
+    def weak(self) -> bool:
+        """Whether the model seems too weak to write about such a document: it found less than a fact a passage, or
+        reads less than half of them surely."""
+        return self.facts < self.passages or 2 * self.sure < self.facts
 
     def __str__(self) -> str:
         dropped = {
@@ -65,7 +74,8 @@ class DocumentReport:
             "known without the text": self.known, "beyond what was asked for": self.surplus,
         }  # fmt: skip
         parts = [
-            f"{self.facts} facts and {self.wordings} other wordings from {self.passages} passages",
+            f"{self.facts} facts ({self.sure} read surely) and {self.wordings} other wordings from {self.passages} "
+            "passages",
             f"{self.prompted} questions written on request, {self.sampled} sampled",
             "dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none"),
         ]
@@ -76,7 +86,9 @@ class DocumentReport:
 
 class DocumentFacts(list[dict[str, Any]]):
     """Rows for [`QFTrainer`]: `instruction` (the sentence that holds the answer, or the passage), `prompt`,
-    `completion`, and `document`, `place` and `passage`, where they are from. `report` counts what was dropped."""
+    `completion`, `read` (how surely the model reads the answer with the instruction in context: the geometric mean of
+    its tokens' probabilities, from 0 to 1), and `document`, `place` and `passage`, where they are from. `report` counts
+    what was dropped."""
 
     def __init__(self, rows: Iterable[dict[str, Any]] = (), report: DocumentReport | None = None) -> None:
         super().__init__(rows)
@@ -143,10 +155,15 @@ def facts_from_document(
             rows.append(
                 {
                     "instruction": fact.instruction, "prompt": prompt, "completion": fact.answer,
-                    "document": Path(path).name, "place": fact.passage.place, "passage": fact.passage.text,
+                    "read": 0.0, "document": Path(path).name, "place": fact.passage.place, "passage": fact.passage.text,
                 }
             )  # fmt: skip
-    return DocumentFacts(rows, replace(report, facts=len(facts), wordings=len(rows) - len(facts)))
+    read = reader.surety([(row["instruction"], row["prompt"], row["completion"]) for row in rows])
+    for row, surety in zip(rows, read, strict=True):
+        row["read"] = round(surety, 3)
+    asked = {fact.prompt for fact in facts}
+    sure = sum(row["read"] >= _SURE for row in rows if row["prompt"] in asked)
+    return DocumentFacts(rows, replace(report, facts=len(facts), wordings=len(rows) - len(facts), sure=sure))
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter.model import QFModel
 from ..adapter.modes import evaluating
-from ..data.rows import Encoder, Row, Text
+from ..data.rows import Encoder, Example, Row, Text
 from ..forward.blocks import text_config
+from ..forward.capture import forward_pass
 from ..forward.generation import generate
 
 _ANSWER_TOKENS = 128  # an answer that has not ended by then is none
@@ -79,6 +80,33 @@ class ContextModel:
         found = self._generate([ids for ids in openings for _ in range(count)], _TURN_TOKENS, "sampling", self.seed)
         turns = [text if ended else "" for text, ended in found]
         return [[t for t in turns[i * count : (i + 1) * count] if t] for i in range(len(openings))]
+
+    @torch.no_grad()
+    def surety(self, facts: Sequence[tuple[Text, str, str]]) -> list[float]:
+        """How surely each (instruction, prompt, answer) is read: the geometric mean, from 0 to 1, of the probabilities
+        that the model gives the answer's tokens, and its end, with the instruction in context. 0 of what the chat
+        template cannot express."""
+        examples: dict[int, Example] = {}
+        for number, fact in enumerate(facts):
+            with suppress(ValueError):
+                examples[number] = self.encoder.encode(Row(number, *fact))
+        if not examples:
+            return [0.0] * len(facts)
+        gold = torch.tensor([token for e in examples.values() for token in e.targets])
+        kept = [e.taught for e in examples.values()]
+
+        def compare(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
+            taken = gold[order].to(logits.device)
+            return {"log": logits.float().log_softmax(-1).gather(1, taken[:, None])[:, 0].cpu()}
+
+        with self._base():
+            found = forward_pass(
+                self.network, [e.context_ids for e in examples.values()], kept, {}, on_logits=compare,
+                batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
+            )["log"]  # fmt: skip
+        parts = zip(examples.items(), found.split(kept), strict=True)
+        sure = {number: float(part[e.header :].mean().exp()) for (number, e), part in parts}
+        return [sure.get(number, 0.0) for number in range(len(facts))]
 
     def _ids(self, asked: tuple[Text, str], instructed: bool) -> list[int]:
         instruction, prompt = asked
