@@ -81,6 +81,6 @@ def foreign(node):
 
 
 def test_the_order_is_the_documents():
-    text = (ROOT.parent.parent / "examples" / "features.md").read_text(encoding="utf-8")
+    text = (ROOT.parent.parent / "README.md").read_text(encoding="utf-8")
     places = [text.index(f"| `{package}/` |") for package in ORDER]
     assert all(a < b for a, b in pairwise(places))
