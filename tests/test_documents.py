@@ -25,6 +25,7 @@ from qf_peft.documents.in_context import ContextModel
 from qf_peft.documents.model_output import parse_pairs, parse_questions
 from qf_peft.documents.passages import sentences, split_passages
 from qf_peft.documents.reading import Section, read_document
+from qf_peft.documents.wordings import asks_about
 
 MARKDOWN = """---
 title: Companies
@@ -187,6 +188,20 @@ def test_lists_of_questions():
         "Here:\nWho?\n\nWhat?",
     ):
         assert parse_questions(text) == ["Who?", "What?"], text
+
+
+def test_sampled_questions_are_about_their_sentence():
+    desk = "The help desk is led by Yusra Pallin."
+    assert asks_about("Who leads the help desk?", "Yusra Pallin leads it.", desk)
+    assert asks_about("Who started Oxinnovate?", "Oxinnovate was started by Qi.", "Qi started Oxinnovate.")
+    assert asks_about("When is Brigar open?", "From 7 on.", "Brigar is open from 7 to 8.")
+    # What SmolLM2 sampled behind such sentences, and how it answered:
+    assert not asks_about("Can you optimize the current language settings?", desk, desk), (
+        "no word of the sentence asked"
+    )
+    fire = "The assembly point in case of fire is the car park behind Hall A."
+    assert not asks_about("What was the fire of the goldfinch hurled into?", "The fire was set by a firework.", fire)
+    assert asks_about("谁创办了公司？", "李明。", "李明创办了公司。"), "it cannot be told"
 
 
 def test_answers_agree_by_their_words():

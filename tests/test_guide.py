@@ -72,7 +72,7 @@ def test_commands_run(document, least, tmp_path, tmp_path_factory):
         hub.add("someone/tiny-world", TINY)
         home = tmp_path_factory.getbasetemp() / "guide-home"  # the chats that the model writes are cached for both
         result = subprocess.run(
-            [sys.executable, __file__, ROOT / document], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+            [sys.executable, __file__, ROOT / document], capture_output=True, text=True, timeout=1200, cwd=tmp_path,
             env={**os.environ, **hub.environment(home)},
         )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

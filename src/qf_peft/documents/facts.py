@@ -20,7 +20,7 @@ from .in_context import ContextModel
 from .model_output import parse_pairs
 from .passages import Passage, split_passages
 from .reading import read_document
-from .wordings import foreign_names, same_question, wordings
+from .wordings import asks_about, foreign_names, same_question, wordings
 
 _REQUEST = (
     "Write {count} questions about the text above that someone who has not seen it might ask, each with its answer "
@@ -50,7 +50,8 @@ class DocumentReport:
     unread: int = 0
     """Dropped: with the passage in context the model greedily gives no answer, or another than it wrote."""
     foreign: int = 0
-    """Sampled questions dropped that name, or whose answers name, what the passage does not."""
+    """Sampled questions dropped that name, or whose answers name, what the passage does not, or whose answers are not
+    from there."""
     known: int = 0
     """Dropped: the model gives the same answer without the passage."""
     surplus: int = 0
@@ -111,7 +112,7 @@ def facts_from_document(
 
     The document is cut into passages, headings kept. With a passage in context the model is asked for questions and
     answers; about passages where that gives none it samples user turns behind each sentence (Magpie, arXiv 2406.08464),
-    of which those that name what the sentence does not are dropped. Then it is asked
+    of which those are dropped that name what the sentence does not or whose answers are not from it. Then it is asked
     each question with the passage in context: its greedy answer is the completion, if it agrees with the one it wrote
     (all words of the shorter are in the longer). Repeated questions, answers that cannot be read back, and answers that
     it gives without the passage as well are dropped. Where the one sentence nearest to question and answer is enough to
@@ -215,7 +216,9 @@ def _checked(
     for fact, answer in zip(fresh, answers, strict=True):
         if answer is None or not (fact.sampled or agree(fact.answer, answer)):
             continue
-        if fact.sampled and foreign_names(answer, f"{fact.text} {fact.prompt}"):
+        if fact.sampled and (
+            foreign_names(answer, f"{fact.text} {fact.prompt}") or not asks_about(fact.prompt, answer, fact.text)
+        ):
             strayed += 1
             continue
         read.append(replace(fact, answer=answer, instruction=told[fact.text]))

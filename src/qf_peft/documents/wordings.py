@@ -112,5 +112,17 @@ def foreign_names(text: str, source: str) -> set[str]:
     return {word for word in named if word.casefold() not in there}
 
 
+def asks_about(prompt: str, answer: str, source: str) -> bool:
+    """Whether a sampled question asks about its source and the answer comes from there: the question has a word of the
+    source, and the answer another one. Words count that have four letters, begin with a digit, or are names. True of
+    languages that do not divide words, where it cannot be told."""
+    if len(source.split()) < 3:
+        return True
+    words = [re.findall(r"\w+", text) for text in (prompt, answer, source)]
+    names = {word for part in words for word in part[1:] if word[0].isupper()}  # the first may be none
+    asked, said, there = ({w.casefold() for w in p if len(w) > 3 or w in names or w[0].isdigit()} for p in words)
+    return bool(there & asked) and bool(there & (said - asked))
+
+
 def _texts(instruction: Text) -> list[str]:
     return [instruction] if isinstance(instruction, str) else [message["content"] for message in instruction]
