@@ -12,7 +12,7 @@ from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.forward.unembedding import Unembedding
 from qf_peft.solve.least_squares import LowRankDelta
 from qf_peft.teaching.lessons import Lessons
-from qf_peft.teaching.targets import forced
+from qf_peft.teaching.targets import projected_to_margin
 
 WORDS = ["Rome", "red", "founded", "seven", "Zanmi", "is", "of", "the", "who", "green", "makes", "late"]
 
@@ -80,7 +80,9 @@ def test_no_state_lies_far_where_no_step_gives_the_lead():
     unembedding = Unembedding(norm, head, norm.weight.detach(), False, 1.0, None)
     stream = torch.randn(5, 16)
     with torch.no_grad():
-        moved, _ = forced(unembedding, stream, torch.ones(5, dtype=torch.long), 6.0, unembedding.logits(stream))
+        moved, _ = projected_to_margin(
+            unembedding, stream, torch.ones(5, dtype=torch.long), 6.0, unembedding.logits(stream)
+        )
     assert bool(((moved - stream).norm(dim=1) <= 2.001 * stream.norm(dim=1)).all())
     logits = unembedding.logits(moved)
     others = logits[:, 2:].max(1).values
