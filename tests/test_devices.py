@@ -11,6 +11,7 @@ from second_device import DEVICE, move, second_device, spread, without_float64
 from test_default_setting import facts, questions
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, Session, interference, merge_taught
@@ -279,7 +280,7 @@ def sixteen(tokenizer, tmp_path):
 def test_sixteen_bits_where_a_processor_has_no_circuits_for_them(sixteen, tmp_path, monkeypatch, caplog, circuits):
     """The model runs in float32, several times as fast, and what is written of it is in 16 bits as it was."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: circuits, raising=False)
-    monkeypatch.setattr("qf_peft.runtime.devices._warned", False)
+    logging.warning_once.cache_clear()
     session = Session.open(sixteen, args=QFTrainingArguments.paper(disable_tqdm=True))
     assert session.model.dtype == (torch.bfloat16 if circuits else torch.float32)
     session.teach([FACT])

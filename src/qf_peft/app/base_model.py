@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils import logging
 
 from ..runtime.devices import slow_sixteen_bits
 
-_logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 _HUB = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
@@ -58,7 +57,7 @@ def load_base(model: str | Path, from_pretrained: dict[str, Any]) -> tuple[Any, 
         source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
         # transformers' bar of this is shown whatever its progress bars are set to
-        with nullcontext() if is_progress_bar_enabled() else redirect_stderr(StringIO()):
+        with nullcontext() if logging.is_progress_bar_enabled() else redirect_stderr(StringIO()):
             network = AutoModelForCausalLM.from_pretrained(
                 **source, **loading, quantization_config=GgufConfig(dequantize=True)
             )
@@ -73,5 +72,5 @@ def load_base(model: str | Path, from_pretrained: dict[str, Any]) -> tuple[Any, 
 def _widened(network: PreTrainedModel) -> None:
     """Turn a model to float32 where its 16 bits are slow and there is room; nothing is lost by it."""
     if slow_sixteen_bits(network) and 4 * network.num_parameters() < psutil.virtual_memory().available / 2:
-        _logger.info("the model runs in float32: this processor multiplies 16 bits several times more slowly")
+        logger.info("the model runs in float32: this processor multiplies 16 bits several times more slowly")
         network.float()

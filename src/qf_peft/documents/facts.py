@@ -156,7 +156,7 @@ def facts_from_document(
             rows.append(
                 {
                     "instruction": fact.instruction, "prompt": prompt, "completion": fact.answer,
-                    "read": 0.0, "document": Path(path).name, "place": fact.passage.place, "passage": fact.passage.text,
+                    "document": Path(path).name, "place": fact.passage.place, "passage": fact.passage.text,
                 }
             )  # fmt: skip
     read = reader.surety([(row["instruction"], row["prompt"], row["completion"]) for row in rows])

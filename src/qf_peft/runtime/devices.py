@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
-_logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 def solves_on(device: torch.device) -> torch.device:
@@ -57,15 +57,10 @@ def slow_sixteen_bits(network: nn.Module) -> bool:
     return supported is not None and not supported()
 
 
-_warned = False
-
-
 def warn_of_slow_sixteen_bits(network: nn.Module) -> None:
-    """Say so once, where it is so."""
-    global _warned
-    if not _warned and slow_sixteen_bits(network):
-        _warned = True
-        _logger.warning(
+    """Say so, once, where it is so."""
+    if slow_sixteen_bits(network):
+        logger.warning_once(
             "this processor multiplies 16 bits several times more slowly than float32: where memory holds it, load the "
             "model with dtype=torch.float32; merged and exported it can be in 16 bits again"
         )
