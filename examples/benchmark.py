@@ -60,11 +60,11 @@ KINDS = {
         "forward.walk.Walk.advance",
     ],
     "solves": [
-        "solve.least_squares.minimum_norm", "solve.least_squares.preserving", "solve.least_squares.beside",
+        "solve.least_squares.minimum_norm", "solve.least_squares.preserving", "solve.least_squares.recursive_update",
         "solve.second_moment.SecondMoment.update", "solve.second_moment.SecondMoment.compact",
         "solve.least_squares.LowRankDelta.compressed",
     ],
-    "unembedding": ["teaching.targets.aim", "teaching.targets.read_off", "teaching.targets.Reading.note"],
+    "unembedding": ["teaching.targets.aim", "teaching.targets.read_off", "teaching.targets.Readout.note"],
 }  # fmt: skip
 FLOOR = {"QF": "floor", "QF, one block": "floor, one block", "LoRA": "floor", "reference": "floor, one block"}
 

@@ -1,4 +1,4 @@
-"""Other editors' solves, with QF's keys and targets: each takes what `qf_peft.solve.least_squares.beside` takes.
+"""Other editors' solves, with QF's keys and targets: each takes what `least_squares.recursive_update` takes.
 
 `with solving_by(alphaedit): trainer.train()` teaches by one of them. Each gets
 

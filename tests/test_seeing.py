@@ -1,5 +1,6 @@
 """What is shown against what two plain forward passes, answers asked one at a time, and an adapter taught apart say."""
 
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -233,16 +234,26 @@ def test_sweep_interrupted_puts_everything_back(taught):
             strength_sweep(taught, strengths)
 
 
+def vertices(path):
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d"))]
+
+
 def test_plots_are_to_scale():
     metric = Metric(0.5, 0.25, 1.0, 8)
-    figure = ET.fromstring(lines("A <title>", ["1", "2"], {"one": [0.0, 1.0], "two": [metric, metric]}, "axis & all"))
-    assert figure.find(f"{SVG}title").text == "A <title>" and "axis & all" in [e.text for e in figure.iter()]
-    low, high, *rest = (float(dot.get("cy")) for dot in figure.iter(f"{SVG}circle"))
-    assert rest == pytest.approx([(low + high) / 2] * 2, abs=0.1)
-    interval = next(e for e in figure.iter(f"{SVG}line") if e.get("x1") == e.get("x2"))
-    assert float(interval.get("y1")) == pytest.approx(low + (high - low) / 4, abs=0.1)
-    assert float(interval.get("y2")) == pytest.approx(high, abs=0.1)
+    series = {"one": [0.0, 1.0], "two": [metric, metric]}
+    figure = ET.fromstring(lines('A <title> & "quotes"', ["1", "2"], series, "axis & all"))
+    texts = [e.text for e in figure.iter(f"{SVG}text")]
+    assert figure.get("aria-label") == 'A <title> & "quotes"' and {'A <title> & "quotes"', "axis & all"} <= {*texts}
+    dots = [float(dot.get("y")) for dot in figure.iter(f"{SVG}use")]
+    low, high, *rest = dots[:4]  # those of the legend follow
+    assert low > high and rest == pytest.approx([(low + high) / 2] * 2, abs=0.1)
+    intervals = {e.get("id"): e for e in figure.iter(f"{SVG}g")}["LineCollection_2"]
+    for path in intervals.iter(f"{SVG}path"):
+        (x, bottom), (also_x, top) = vertices(path)
+        assert x == also_x and bottom == pytest.approx(low + (high - low) / 4, abs=0.1)
+        assert top == pytest.approx(high, abs=0.1)
     drawn = ET.fromstring(bars("b", ["x", "y", "z"], [0.2, -0.1, 0.0], "axis"))
-    heights = [float(e.get("height")) for e in drawn.iter(f"{SVG}rect")]
-    assert heights[0] == pytest.approx(2 * heights[1], abs=0.2) and heights[2] == 0
+    boxes = [vertices(path) for path in drawn.iter(f"{SVG}path") if "fill: #" in path.get("style")]
+    up, down, flat = (box[2][1] - box[0][1] for box in boxes)  # downwards, as a page counts
+    assert up < 0 < down and -up == pytest.approx(2 * down, abs=0.2) and flat == 0
     assert bars("none", ["x"], [0.0], "axis"), "nothing taught: a plot all the same"

@@ -5,6 +5,7 @@ They take the text's colour from the page.
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -69,7 +70,10 @@ def _svg(figure: Figure, title: str) -> str:
     import matplotlib
 
     file, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": f"qf_peft: {title}", "font.family": "sans-serif"}
+    ):
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    drawn = file.getvalue().replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    labelled = f'<svg role="img" aria-label="{html.escape(title)}"'
+    drawn = file.getvalue().replace(_INK, "currentColor").replace("<svg", labelled, 1)
     return drawn[drawn.index("<svg") :].strip()
