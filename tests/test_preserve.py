@@ -55,10 +55,10 @@ def test_forms(tiny, tokenizer, keys, tmp_path):
     handle.remove()
     count = len(tokenizer(answer + "<|im_end|>")["input_ids"])
     for found in measured:
-        assert found.sequences == [ids] and found.kept == [count]
+        assert found.sequences == [ids] and found.positions == [count]
         assert torch.allclose(found.keys["model.layers.7.mlp.down_proj"], taken["k"][0, -count:], atol=1e-5)
     plain = keys([{"text": "Rome is the home of Lupal."}])
-    assert plain.kept == [len(plain.sequences[0]) - 1], "all steps of plain text"
+    assert plain.positions == [len(plain.sequences[0]) - 1], "all steps of plain text"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def forbid(monkeypatch):
 
 
 def same(a, b):
-    assert a.sequences == b.sequences and a.kept == b.kept and a.keys.keys() == b.keys.keys()
+    assert a.sequences == b.sequences and a.positions == b.positions and a.keys.keys() == b.keys.keys()
     assert all(torch.equal(a.keys[k], b.keys[k]) for k in a.keys)
 
 

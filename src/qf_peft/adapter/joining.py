@@ -130,8 +130,8 @@ def _bounds(tuner: QFModel, adapter: str) -> dict[str, SecondMoment]:
             moment = SecondMoment(tokens.keys.shape[1]).update(tokens.keys, tokens.significance)
             moment.ridge = 1e-6 * moment.trace / moment.width
             found[name] = moment
-    held = found and all(taught.holds(name, tuner.factors(adapter, name)) for name in found)
-    if not held:
+    unchanged = found and all(taught.holds(name, tuner.factors(adapter, name)) for name in found)
+    if not unchanged:
         raise ValueError(
             f"adapter {adapter!r} has no statistics of what it was taught (or its weights were changed since); teach "
             "it in this session, or combine by add_weighted_adapter"

@@ -73,8 +73,8 @@ def _write(
                     layers = model.base_model.adapter_layers(name)
                     factors = {module: model.base_model.factors(name, module) for module in layers}
                     if not all(taught.holds(module, pair) for module, pair in factors.items()):
-                        held = {module: model.base_model.delta(name, module) for module in layers}
-                        taught = taught.settled(factors, held)
+                        deltas = {module: model.base_model.delta(name, module) for module in layers}
+                        taught = taught.settled(factors, deltas)
                     write_statistics(folder, taught, factors)
         for name in sorted(names, key=lambda name: name == "default"):
             _take_over(Path(temporary, name if name != "default" else ""), _folder(target, name))

@@ -146,8 +146,8 @@ class Held:
 
 def lock_of(model: nn.Module) -> ServingLock:
     """The lock that a model's methods run under, or a new one."""
-    held = [m for name, m in vars(model).items() if name in _ENTRANCES and isinstance(m, Held)]
-    return held[0].lock if held else ServingLock()
+    wrapped = [m for name, m in vars(model).items() if name in _ENTRANCES and isinstance(m, Held)]
+    return wrapped[0].lock if wrapped else ServingLock()
 
 
 def hold(model: nn.Module, lock: ServingLock) -> None:

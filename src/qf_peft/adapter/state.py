@@ -78,11 +78,11 @@ class TaughtAdapter:
         """The same in the host's memory: between lessons nothing of it lies on an accelerator."""
         return self.map(lambda tensor: tensor.cpu())
 
-    def settled(self, installed: dict[str, tuple[Tensor, Tensor]], held: dict[str, LowRankDelta]) -> TaughtAdapter:
+    def settled(self, installed: dict[str, tuple[Tensor, Tensor]], deltas: dict[str, LowRankDelta]) -> TaughtAdapter:
         """The same after others changed the adapter's weights: these, as factors and as changes by module, are what it
         begins with from now on, and what was taught can no longer be undone."""
         return TaughtAdapter(
-            foundation={name: delta for name, delta in held.items() if delta.A.any() and delta.B.any()},
+            foundation={name: delta for name, delta in deltas.items() if delta.A.any() and delta.B.any()},
             bound=dict(self.bound), installed=installed, holds_standing=self.holds_standing, rehearsed=self.rehearsed,
             entries=tuple(replace(entry, settled=True) for entry in self.entries), settings=self.settings,
         )  # fmt: skip

@@ -93,7 +93,7 @@ class ContextModel:
         if not examples:
             return [0.0] * len(facts)
         gold = torch.tensor([token for e in examples.values() for token in e.targets])
-        kept = [e.taught for e in examples.values()]
+        positions = [e.taught for e in examples.values()]
 
         def compare(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
             taken = gold[order].to(logits.device)
@@ -101,10 +101,10 @@ class ContextModel:
 
         with self._base():
             found = forward_pass(
-                self.network, [e.context_ids for e in examples.values()], kept, {}, on_logits=compare,
+                self.network, [e.context_ids for e in examples.values()], positions, {}, on_logits=compare,
                 batch_tokens=self.batch_tokens, pad_id=self.encoder.tokenizer.pad_token_id,
             )["log"]  # fmt: skip
-        parts = zip(examples.items(), found.split(kept), strict=True)
+        parts = zip(examples.items(), found.split(positions), strict=True)
         sure = {number: float(part[e.header :].mean().exp()) for (number, e), part in parts}
         return [sure.get(number, 0.0) for number in range(len(facts))]
 

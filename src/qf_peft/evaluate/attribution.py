@@ -136,16 +136,18 @@ class Attribution:
         ranked = sorted(zip(facts.tolist(), self.entries, strict=True), key=lambda pair: -pair[0])
         return Explanation(prompt, answer, strength, tuple(Influence(entry, share) for share, entry in ranked))
 
-    def _written(self, sequences: Sequence[list[int]], kept: Sequence[int]) -> Tensor:
+    def _written(self, sequences: Sequence[list[int]], positions: Sequence[int]) -> Tensor:
         """What all modules write at each sequence's last steps (n, Σ rank), on the CPU: coordinates in an orthonormal
         basis of what each can write, so that their products are those of the writes themselves."""
         if not self._readers:  # the adapter changes nothing
-            return torch.zeros(sum(kept), 0)
+            return torch.zeros(sum(positions), 0)
         points = {name: Point(self.subject.tuner.model.get_submodule(name), "input") for name in self._readers}
         found = []
         for start in range(0, len(sequences), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
-            keys = forward_pass(self.subject.network, sequences[some], kept[some], points, **self.subject.pass_options)
+            keys = forward_pass(
+                self.subject.network, sequences[some], positions[some], points, **self.subject.pass_options
+            )
             found.append(torch.cat([(keys[n] @ reader.T.to(keys[n])).cpu() for n, reader in self._readers.items()], 1))
         return torch.cat(found)
 

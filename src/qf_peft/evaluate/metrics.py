@@ -148,8 +148,8 @@ class Evaluator:
 
     def divergence(self, rows: Sequence[Row], base: Tensor) -> Metric:
         """Mean KL in nats from the predictions that `base` gives (another model's head inputs, n × d) to this one's."""
-        sequences, kept = self._answered(rows)
-        return mean(diverged(self.network, sequences, kept, base, **self._options), kept)
+        sequences, positions = self._answered(rows)
+        return mean(diverged(self.network, sequences, positions, base, **self._options), positions)
 
     def _answered(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[int]]:
         """The rows' token ids, and how many of each are of the completion."""
@@ -172,20 +172,20 @@ def measure(
     ask: Evaluator,
     rows: Sequence[Row],
     others: Sequence[Row],
-    kept: Mapping[str, Sequence[Row]],
+    unrelated: Mapping[str, Sequence[Row]],
     texts: Sequence[str],
     base: Callable[[], AbstractContextManager],
 ) -> dict[str, Metric | float]:
-    """What `QFTrainer.evaluate` returns: the taught `rows`, their paraphrases `others`, the questions `kept` by name
+    """What `QFTrainer.evaluate` returns: the taught `rows`, their paraphrases `others`, `unrelated` questions by name
     and the texts, asked of the model as it is and as it is in the context `base()`, without adapters."""
     result: dict[str, Metric | float] = {}
     with base():
         if rows:
             result["in_context"] = ask.right(rows, instructed=True)
-        before = {name: ask.answers(asked) for name, asked in kept.items()}
+        before = {name: ask.answers(asked) for name, asked in unrelated.items()}
         quiet = [
             replace(row, completion=answer)
-            for name, asked in kept.items()
+            for name, asked in unrelated.items()
             for row, answer in zip(asked, before[name], strict=True)
             if answer
         ]
@@ -196,7 +196,7 @@ def measure(
         result["recall"] = ask.right(rows)
     if others:
         result["paraphrase"] = ask.right(others)
-    for name, asked in kept.items():
+    for name, asked in unrelated.items():
         now = ask.answers(asked)
         right = [
             a is not None and a == b and (r.completion is None or a == normalise(r.completion))
@@ -219,7 +219,7 @@ def paraphrase_rows(rows: Sequence[Row], dataset: Iterable[Any]) -> list[Row]:
     return paraphrased
 
 
-def kept_rows(**prompts: Iterable[Any] | None) -> dict[str, list[Row]]:
+def unrelated_rows(**prompts: Iterable[Any] | None) -> dict[str, list[Row]]:
     """By name the rows of questions whose answers shall stay, as [`prompt_rows`] makes them, where any are given."""
     return {name: prompt_rows(given, name) for name, given in prompts.items() if given is not None}
 

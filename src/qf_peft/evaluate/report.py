@@ -22,7 +22,7 @@ from ..data.rows import Row, Text
 from ..data.writing import saving_to
 from .attribution import Attribution, Influence
 from .known import known_rows
-from .metrics import RESULTS, Evaluator, Metric, kept_rows, measure, normalise, paraphrase_rows
+from .metrics import RESULTS, Evaluator, Metric, measure, normalise, paraphrase_rows, unrelated_rows
 from .retention import Retention, retention
 from .shares import layer_shares
 from .subject import Subject
@@ -112,10 +112,10 @@ def write_report(
     if not path.parent.is_dir():
         raise ValueError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
     lists = {name: list(asks) for name, asks in (("locality", locality), ("unknown", unknown)) if asks is not None}
-    kept = kept_rows(**lists)
+    unrelated = unrelated_rows(**lists)
     texts = [text] if isinstance(text, str) else list(text) if text is not None else []
     with trainer.tuner.serving.changing():  # of one time, and no other thread meets the model without its adapter
-        page = _measured(trainer, lists, kept, texts, strengths)
+        page = _measured(trainer, lists, unrelated, texts, strengths)
     with saving_to(path, "the report"):
         _write(path, page)
     return path
@@ -137,7 +137,7 @@ def _write(path: Path, page: str) -> None:
 def _measured(
     trainer: Subject,
     lists: dict[str, list[Any]],
-    kept: dict[str, list[Row]],
+    unrelated: dict[str, list[Row]],
     texts: list[str],
     strengths: Iterable[float] | None,
 ) -> str:
@@ -152,9 +152,9 @@ def _measured(
     dates = {(question_key(e), e.completion): e.date for e in trainer.facts}
     with evaluating(trainer.network), trainer.progress() as progress:
         ask = _Remembering(trainer, progress=progress.update)
-        metrics = measure(ask, rows, others, kept, texts, ask.base)
+        metrics = measure(ask, rows, others, unrelated, texts, ask.base)
         facts = _asked(ask, rows, tokens, dates)
-        questions = {name: _asked(ask, asks, None, {}) for name, asks in kept.items()}
+        questions = {name: _asked(ask, asks, None, {}) for name, asks in unrelated.items()}
         kept_over_time = retention(trainer, ask) if trainer.facts else None
     questions = {name: _explained(trainer, asked) for name, asked in questions.items()}
     sweep = strength_sweep(trainer, strengths, **lists) if strengths is not None else None
@@ -197,13 +197,13 @@ def _render(
     metrics: dict[str, Metric | float],
     facts: list[Answers],
     questions: dict[str, list[Answers]],
-    kept: Retention | None,
+    retained: Retention | None,
     sweep: Sweep | None,
 ) -> str:
     adapter, config = trainer.adapter_name, trainer.model.peft_config[trainer.adapter_name]
     layers = layer_shares(trainer, [fact.tokens.row for fact in facts])
     taught = trainer.tuner.taught.get(adapter)
-    figures = [layers, *([kept] if kept else []), *([sweep] if sweep else [])]
+    figures = [layers, *([retained] if retained else []), *([sweep] if sweep else [])]
     base = base_model_id(trainer.model, adapter)
     name = base or Path(getattr(trainer.network, "name_or_path", "") or type(trainer.network).__name__).name
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")

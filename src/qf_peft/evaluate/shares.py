@@ -65,14 +65,14 @@ def layer_shares(subject: Subject, rows: Sequence[Row] | None = None) -> LayerSh
         edited.setdefault(split_path(name)[1], []).append(split_path(name)[2])
     with subject.asking():
         examples = [subject.encoder.encode(row) for row in rows]
-        kept, bare, options = [e.taught for e in examples], [e.bare_ids for e in examples], subject.pass_options
+        positions, bare, options = [e.taught for e in examples], [e.bare_ids for e in examples], subject.pass_options
         counts = torch.tensor([k >= e.header for e in examples for k in range(e.taught)])
         last = {"last": Point(blocks[-1], "output")}
         with tuner.without_adapters():
-            base = forward_pass(network, bare, kept, last, **options)["last"]
+            base = forward_pass(network, bare, positions, last, **options)["last"]
         sums = _Sums(blocks, edited, base, counts)
         with sums.watching():
-            forward_pass(network, bare, kept, {}, on_batch=sums.begin, whole=True, **options)
+            forward_pass(network, bare, positions, {}, on_batch=sums.begin, whole=True, **options)
     found = []
     for index, modules in edited.items():
         share = sums.along[index] / sums.change if sums.change else 0.0

@@ -60,13 +60,13 @@ def strength_sweep(
     if not strengths:
         raise ValueError("strengths is empty; give some values of preserve_strength, such as (0.3, 1, 3)")
     settings = [replace(trainer.args, preserve_strength=s) for s in strengths]
-    kept = {name: list(asks) for name, asks in (("locality", locality), ("unknown", unknown)) if asks is not None}
+    unrelated = {name: list(asks) for name, asks in (("locality", locality), ("unknown", unknown)) if asks is not None}
     with trainer.tuner.serving.changing():  # else other threads would meet the adapters tried in between
-        metrics, lessons = _tried(trainer, settings, kept)
+        metrics, lessons = _tried(trainer, settings, unrelated)
     return Sweep(strengths, tuple(metrics), tuple(lessons))
 
 
-def _tried(trainer: Subject, settings: list[Any], kept: dict[str, list[Any]]) -> tuple[list[dict], list[dict]]:
+def _tried(trainer: Subject, settings: list[Any], unrelated: dict[str, list[Any]]) -> tuple[list[dict], list[dict]]:
     """The evaluation and the lesson's metrics under each of the settings; then all is put back."""
     rows, tuner, adapter = known_rows(trainer), trainer.tuner, trainer.adapter_name
     paraphrases = {
@@ -82,7 +82,7 @@ def _tried(trainer: Subject, settings: list[Any], kept: dict[str, list[Any]]) ->
             twin.args = args
             twin.forget(lambda entry: True)
             lessons.append(twin.train())
-            metrics.append(twin.evaluate(**kept))
+            metrics.append(twin.evaluate(**unrelated))
     finally:
         tuner.restore(adapter, version)
         tuner.versions.pop(adapter, None)

@@ -69,15 +69,15 @@ def token_divergences(subject: Subject, rows: Sequence[Row] | None = None) -> li
     rows = known_rows(subject) if rows is None else rows
     with subject.asking():
         examples = [subject.encoder.encode(row) for row in rows]
-        kept, bare = [e.taught for e in examples], [e.bare_ids for e in examples]
+        positions, bare = [e.taught for e in examples], [e.bare_ids for e in examples]
         network, options = subject.network, subject.pass_options
 
         with subject.tuner.without_adapters():
-            told = head_inputs(network, [e.context_ids for e in examples], kept, **options)
-            before = diverged(network, bare, kept, told, **options)
-        after = diverged(network, bare, kept, told, **options)
+            told = head_inputs(network, [e.context_ids for e in examples], positions, **options)
+            before = diverged(network, bare, positions, told, **options)
+        after = diverged(network, bare, positions, told, **options)
     found = []
-    for row, example, old, new in zip(rows, examples, before.split(kept), after.split(kept), strict=True):
+    for row, example, old, new in zip(rows, examples, before.split(positions), after.split(positions), strict=True):
         texts = _pieces(subject.encoder.tokenizer, example.targets)
         answer = [k >= example.header for k in range(example.taught)]
         parts = zip(texts, old.tolist(), new.tolist(), answer, strict=True)

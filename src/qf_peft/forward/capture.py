@@ -58,7 +58,7 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 def batches(
     sequences: Sequence[Sequence[int]],
-    kept: Sequence[int],
+    positions: Sequence[int],
     batch_tokens: int,
     pad_id: int,
     device: torch.device,
@@ -67,11 +67,11 @@ def batches(
 ) -> Iterator[Batch]:
     """A group's sequences, without what they all begin with, in batches of similar length.
 
-    Of each sequence the last token is only predicted, never read, and the `kept[i]` positions before it are kept;
+    Of each sequence the last token is only predicted, never read, and the `positions[i]` positions before it are kept;
     results are to be put back in the sequences' order by `Batch.order`. Of several processes each gets its share, by
     `turn`.
     """
-    starts = torch.tensor([0, *kept]).cumsum(0).tolist()
+    starts = torch.tensor([0, *positions]).cumsum(0).tolist()
     begin, members = len(group.prefix), group.members
     lengths = [len(sequences[i]) - 1 - begin + begin // 4 for i in members]
     for numbers in dealt(by_length(lengths, batch_tokens), turn):
@@ -81,9 +81,11 @@ def batches(
         yield Batch(
             torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in inputs], device=device),
             torch.tensor([[1] * (begin + len(ids)) + [0] * (width - len(ids)) for ids in inputs], device=device),
-            torch.tensor([b for b, i in enumerate(chosen) for _ in range(kept[i])], dtype=torch.long, device=device),
             torch.tensor(
-                [c for ids, i in zip(inputs, chosen, strict=True) for c in range(len(ids) - kept[i], len(ids))],
+                [b for b, i in enumerate(chosen) for _ in range(positions[i])], dtype=torch.long, device=device
+            ),
+            torch.tensor(
+                [c for ids, i in zip(inputs, chosen, strict=True) for c in range(len(ids) - positions[i], len(ids))],
                 dtype=torch.long,
                 device=device,
             ),
@@ -141,7 +143,7 @@ def capture(
 def forward_pass(
     model: nn.Module,
     sequences: Sequence[Sequence[int]],
-    kept: Sequence[int],
+    positions: Sequence[int],
     points: Mapping[str, Point],
     *,
     batch_tokens: int,
@@ -159,7 +161,7 @@ def forward_pass(
     Args:
         model: the model; the caller sees to `eval()` and to which adapters are on.
         sequences: token ids; the last of each is not read.
-        kept: how many of each sequence's last positions to keep.
+        positions: how many of each sequence's last positions to keep.
         points: what to keep there, by name.
         batch_tokens: how many tokens go through the model at once, padding included.
         head_inputs: (n, d), another pass's inputs of the unembedding; they are unembedded together with this pass's.
@@ -182,10 +184,10 @@ def forward_pass(
     device = model.get_input_embeddings().weight.device
     scratch = scratch if scratch is not None else Scratch()
     result: dict[str, Tensor] = {}
-    owner = torch.repeat_interleave(torch.arange(len(kept)), torch.tensor(kept, dtype=torch.long))
+    owner = torch.repeat_interleave(torch.arange(len(positions)), torch.tensor(positions, dtype=torch.long))
     run = model.get_decoder() if whole and not on_logits else model
     stop = not whole and on_logits is None
-    limits = [len(ids) - 1 - count for ids, count in zip(sequences, kept, strict=True)]
+    limits = [len(ids) - 1 - count for ids, count in zip(sequences, positions, strict=True)]
     groups = shared(sequences, limits)
     turn, own = count(), []
     for group in [*groups, None]:
@@ -193,7 +195,7 @@ def forward_pass(
         if group is not None:
             if group.prefix and empty_cache(model) is None:
                 group = Group(group.members, ())
-            mine = list(batches(sequences, kept, batch_tokens, pad_id, device, group, turn))
+            mine = list(batches(sequences, positions, batch_tokens, pad_id, device, group, turn))
             if mine and group.prefix:
                 on_prefix()
                 cache = _prefill(model, group.prefix, points if stop else {}, device)

@@ -133,31 +133,33 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def head_inputs(network: nn.Module, sequences: Sequence[list[int]], kept: Sequence[int], **options: Any) -> Tensor:
-    """What the unembedding reads at each sequence's last `kept` positions: (n, d)."""
+def head_inputs(network: nn.Module, sequences: Sequence[list[int]], positions: Sequence[int], **options: Any) -> Tensor:
+    """What the unembedding reads at so many of each sequence's last positions: (n, d)."""
     head = {"head": Point(network.get_output_embeddings(), "input")}
-    return forward_pass(network, sequences, kept, head, **options)["head"]
+    return forward_pass(network, sequences, positions, head, **options)["head"]
 
 
 @torch.no_grad()
 def diverged(
-    network: nn.Module, sequences: Sequence[list[int]], kept: Sequence[int], head: Tensor, **options: Any
+    network: nn.Module, sequences: Sequence[list[int]], positions: Sequence[int], head: Tensor, **options: Any
 ) -> Tensor:
     """KL in nats from the predictions that `head` gave (see [`head_inputs`]) to the model's present ones: (n)."""
 
     def compare(_: Tensor, now: Tensor, then: Tensor) -> dict[str, Tensor]:
         return {"kl": divergence(then.log_softmax(-1), now.log_softmax(-1)).cpu()}
 
-    return forward_pass(network, sequences, kept, {}, head_inputs=head, on_logits=compare, **options)["kl"]
+    return forward_pass(network, sequences, positions, {}, head_inputs=head, on_logits=compare, **options)["kl"]
 
 
 @torch.no_grad()
-def log_likelihoods(network: nn.Module, sequences: Sequence[list[int]], kept: Sequence[int], **options: Any) -> Tensor:
+def log_likelihoods(
+    network: nn.Module, sequences: Sequence[list[int]], positions: Sequence[int], **options: Any
+) -> Tensor:
     """The log likelihood in nats of each sequence's last tokens: (n) float64 on the CPU."""
-    gold = torch.tensor([token for ids, n in zip(sequences, kept, strict=True) for token in ids[len(ids) - n :]])
+    gold = torch.tensor([token for ids, n in zip(sequences, positions, strict=True) for token in ids[len(ids) - n :]])
 
     def score(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
         said = gold[order].to(logits.device)
         return {"said": logits.log_softmax(-1).gather(1, said[:, None])[:, 0].cpu()}
 
-    return forward_pass(network, sequences, kept, {}, on_logits=score, **options)["said"].cpu().double()
+    return forward_pass(network, sequences, positions, {}, on_logits=score, **options)["said"].cpu().double()

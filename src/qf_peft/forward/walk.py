@@ -44,7 +44,7 @@ class Walk:
         network: the transformers model.
         blocks: its blocks.
         first: the block to halt before.
-        sequences, kept, options: as in [`forward_pass`].
+        sequences, positions, options: as in [`forward_pass`].
     """
 
     at: int
@@ -58,11 +58,11 @@ class Walk:
         blocks: nn.ModuleList,
         first: int,
         sequences: Sequence[Sequence[int]],
-        kept: Sequence[int],
+        positions: Sequence[int],
         **options: Any,
     ) -> None:
         self.network, self.blocks, self.at = network, blocks, first
-        self.sequences, self.kept, self.options = sequences, kept, options
+        self.sequences, self.positions, self.options = sequences, positions, options
         self.scratch: Scratch = options.get("scratch") or Scratch()
         self.steps = 0.0
         self._runs: list[_Run] = []
@@ -93,7 +93,7 @@ class Walk:
                 stack.callback(handle.remove)
             stack.enter_context(passed_through(self.blocks, range(last + 1, len(self.blocks))))
             asked = {**self.options, **options, "on_batch": start, "on_prefix": lambda: start(None), "whole": True}
-            found = forward_pass(self.network, self.sequences, self.kept, points, **asked)
+            found = forward_pass(self.network, self.sequences, self.positions, points, **asked)
         self.steps += (last + 1) / len(self.blocks)
         return found
 
@@ -106,7 +106,7 @@ class Walk:
             with capture(points, run.batch, found, stop=True) if run.batch is not None else nullcontext():
                 self._through(run, last + 1, cache)
             for name, values in found.items():
-                put(result, name, values, run.batch, sum(self.kept), self.scratch)
+                put(result, name, values, run.batch, sum(self.positions), self.scratch)
         join(result, [run.batch.order for run in self._runs if run.batch is not None])
         self.steps += (last + 1 - self.at) / len(self.blocks)
         return result

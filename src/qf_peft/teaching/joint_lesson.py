@@ -101,23 +101,23 @@ class JointLesson(Lesson):
         answer), `kl_preserved` and `kl_preserved_worst` (KL from the base's predictions at the held-out chats'
         answers, in nats: the mean, and the worst chat's), and `ridge`.
         """
-        known = self._known()
-        candidates = [name for name in self._candidates(known) if name in self.moments.moments]
+        state = self._state()
+        candidates = [name for name in self._candidates(state) if name in self.moments.moments]
         context = self._in_context()
         streams = {f"block {i}": Point(self.blocks[i], "output") for i in {self.index[n] for n in candidates}}
         keys = {name: Point(self.layers[name], "input") for name in candidates}
-        walk = Walk(self.network, self.blocks, self.index[candidates[0]], self.bare, self.kept, **self.options)
+        walk = Walk(self.network, self.blocks, self.index[candidates[0]], self.bare, self.positions, **self.options)
         found = walk.begin({**streams, **keys, **self.ends}, len(self.blocks) - 1)
-        found = {name: kept.to(found["stream"].device) for name, kept in found.items()}  # blocks may lie on several
+        found = {name: values.to(found["stream"].device) for name, values in found.items()}  # blocks may lie on several
         unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
-        chosen = self._chosen(candidates, found, known)
+        chosen = self._chosen(candidates, found, state)
         walk.advance(self.index[chosen[0]])
 
         steps, new = self._steps(unembedding, found["stream"], len(context["stream"]))
         before = read_off(unembedding, context["stream"], found["stream"][steps.own], steps.gold[steps.own])
         rows = self._contrasting(new)
-        strays, chats = self._unseen(chosen, unembedding, known, rows, new)
-        bound, system, present = self._system(chosen, found, steps, known, rows)
+        strays, chats = self._unseen(chosen, unembedding, state, rows, new)
+        bound, system, present = self._system(chosen, found, steps, state, rows)
         begun = steps.needed.clamp(min=tuned.BEGUN_LEAD)
         margin = torch.where(self._beginnings(new).to(begun.device), begun, steps.needed)
 
@@ -127,14 +127,14 @@ class JointLesson(Lesson):
         fit = JointFit(walk, self.ends["stream"], unembedding, steps, write, margin)
         aimed, _ = pushed(unembedding, found["stream"], steps.gold, margin)
         wanted, strayed = fit.without_strays(strays, aimed - found["stream"])
-        wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(known.facts + self.own))
+        wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(state.facts + self.own))
 
-        self._bind(known, bound, {name: found[name][steps.taught] for name in chosen}, system, ridge)
-        known.delta.update(self._write(system, wanted[steps.taught], ridge, present, last=True))
+        self._bind(state, bound, {name: found[name][steps.taught] for name in chosen}, system, ridge)
+        state.delta.update(self._write(system, wanted[steps.taught], ridge, present, last=True))
         after = walk.look(len(self.blocks) - 1, {"stream": self.ends["stream"]})["stream"]
         reading = read_off(unembedding, context["stream"], after[steps.own], steps.gold[steps.own])
         self.options["progress"](len(self.examples))
-        self._finish(known)
+        self._finish(state)
         metrics = self._metrics(fit, before, reading, chosen) | {
             "contrasts": len(rows),
             "strayed": strayed,
@@ -155,7 +155,7 @@ class JointLesson(Lesson):
         """The rows' own prompts with their instructions, by the base model, at the ends."""
         rows = [e.context_ids for e in self.examples[: self.own]]
         with self.tuner.without_adapters():
-            return forward_pass(self.network, rows, self.kept[: self.own], self.ends, **self.options)
+            return forward_pass(self.network, rows, self.positions[: self.own], self.ends, **self.options)
 
     def _steps(self, unembedding: Unembedding, stream: Tensor, own: int) -> tuple[Steps, list[int]]:
         """The taught positions, of which so many are the rows' own, and by row the answer's step that says what is
@@ -169,36 +169,36 @@ class JointLesson(Lesson):
         self,
         chosen: list[str],
         unembedding: Unembedding,
-        known: TaughtAdapter,
+        state: TaughtAdapter,
         rows: list[list[int]],
         new: list[int],
     ) -> tuple[Strays, HeldOutChats]:
         """What the solve does not see: contrasting rows, and preserved chats."""
-        aside, first, kept = rows[tuned.CONTRASTS_ASIDE - 1 :: tuned.CONTRASTS_ASIDE], chosen[0], self.moments
+        aside, first, preserved = rows[tuned.CONTRASTS_ASIDE - 1 :: tuned.CONTRASTS_ASIDE], chosen[0], self.moments
         walk = Walk(self.network, self.blocks, self.index[first], aside, [1] * len(aside), **self.unseen)
         strays = Strays(walk, self.ends["stream"], unembedding, self._objects(new))
-        walk = Walk(self.network, self.blocks, self.index[first], kept.held_out, kept.answers, **self.unseen)
-        head = None if known.holds_standing else kept.head
+        walk = Walk(self.network, self.blocks, self.index[first], preserved.held_out, preserved.answers, **self.unseen)
+        head = None if state.holds_standing else preserved.head
         return strays, HeldOutChats(walk, self.ends["stream"], unembedding, head)
 
     def _system(
-        self, chosen: list[str], found: dict[str, Tensor], steps: Steps, known: TaughtAdapter, rows: list[list[int]]
+        self, chosen: list[str], found: dict[str, Tensor], steps: Steps, state: TaughtAdapter, rows: list[list[int]]
     ) -> tuple[Callable[[str], SecondMoment], JointSystem, dict[str, LowRankDelta]]:
         """What gives by name what must stay of a module, made when it is needed (of wide modules each is gigabytes);
         the least squares beside it; and the modules' present changes."""
         device, near = found["stream"].device, self._near(chosen, rows)
-        bound = partial(self._bound, known=known, near=near, device=device)
+        bound = partial(self._bound, state=state, near=near, device=device)
         significance = self.weights.to(device)[steps.taught]
         system = JointSystem({name: found[name][steps.taught] for name in chosen}, bound, significance)
         present = {
-            name: (known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)).to(device)
+            name: (state.delta[name] if name in state.delta else self.tuner.delta(self.adapter, name)).to(device)
             for name in chosen
         }
         return bound, system, present
 
     def _bind(
         self,
-        known: TaughtAdapter,
+        state: TaughtAdapter,
         bound: Callable[[str], SecondMoment],
         keys: dict[str, Tensor],
         system: JointSystem,
@@ -207,9 +207,9 @@ class JointLesson(Lesson):
         """Let what is taught now bind later lessons."""
         for name, rows in keys.items():
             binding = bound(name).update(rows, system.significance.float() / system.ridge(ridge))
-            known.bound[name] = binding.compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT)).to(torch.device("cpu"))
-            known.tokens.pop(name, None)
-            known.offset.pop(name, None)
+            state.bound[name] = binding.compact(max(self.args.memory_rank, tuned.WHOLE_MOMENT)).to(torch.device("cpu"))
+            state.tokens.pop(name, None)
+            state.offset.pop(name, None)
 
     def _metrics(self, fit: JointFit, before: Readout, after: Readout, chosen: list[str]) -> dict[str, float]:
         own, margins = fit.steps.own, fit.steps.margins
@@ -227,14 +227,14 @@ class JointLesson(Lesson):
             "last_block": blocks[-1],
         }
 
-    def _candidates(self, known: TaughtAdapter) -> list[str]:
+    def _candidates(self, state: TaughtAdapter) -> list[str]:
         """The modules that may be taught: those taught before, or the stream's writers in the later half."""
         writers = writers_late(self.names, self.writers, len(self.blocks))
-        return [name for name in writers if name in known.bound] or writers
+        return [name for name in writers if name in state.bound] or writers
 
-    def _chosen(self, candidates: list[str], found: dict[str, Tensor], known: TaughtAdapter) -> list[str]:
+    def _chosen(self, candidates: list[str], found: dict[str, Tensor], state: TaughtAdapter) -> list[str]:
         """The modules from the first block on whose stream is not small beside the last one."""
-        if any(name in known.bound for name in candidates):
+        if any(name in state.bound for name in candidates):
             return candidates
         last = torch.linalg.vector_norm(found["stream"], dim=1).median()
         for index in sorted({self.index[name] for name in candidates}):
@@ -245,7 +245,7 @@ class JointLesson(Lesson):
 
     def _new(self, margins: Tensor) -> list[int]:
         """By row the answer's step that is furthest behind: where it says what is new."""
-        answers = [part[e.header :] for e, part in zip(self.examples, margins.split(self.kept), strict=True)]
+        answers = [part[e.header :] for e, part in zip(self.examples, margins.split(self.positions), strict=True)]
         return [int(part.argmin()) if len(part) else 0 for part in answers[: self.own]]
 
     def _beginnings(self, new: list[int]) -> Tensor:
@@ -255,7 +255,7 @@ class JointLesson(Lesson):
 
     def _objects(self, new: list[int]) -> set[int]:
         """The tokens by which the rows say what is new."""
-        parts = self.gold.split(self.kept)[: self.own]
+        parts = self.gold.split(self.positions)[: self.own]
         return {int(part[e.header + k]) for part, e, k in zip(parts, self.examples, new, strict=False) if len(part)}
 
     def _contrasting(self, new: list[int]) -> list[list[int]]:
@@ -290,16 +290,16 @@ class JointLesson(Lesson):
         return moments
 
     def _bound(
-        self, name: str, known: TaughtAdapter, near: dict[str, SecondMoment], device: torch.device
+        self, name: str, state: TaughtAdapter, near: dict[str, SecondMoment], device: torch.device
     ) -> SecondMoment:
         """What must stay of a module: P."""
-        if name in known.bound:
-            bound = known.bound[name].copy()
+        if name in state.bound:
+            bound = state.bound[name].copy()
         else:
             bound = self.moments.moments[name].copy()
             bound.ridge = tuned.MOMENT_RIDGE * bound.trace / bound.width
         strength = self.args.preserve_strength
-        if name not in known.bound and strength != 1.0:
+        if name not in state.bound and strength != 1.0:
             bound.scale(strength)
         bound.to(device)
         if name in near:

@@ -64,7 +64,7 @@ class Lesson(ABC):
         with self.tuner.without_adapters():
             trace_writers(self.network, self.blocks, self.names, examples[0].bare_ids[:8], self.tuner.writers)
         self.writers = self.tuner.writers
-        self.kept = [example.taught for example in examples]
+        self.positions = [example.taught for example in examples]
         self.bare = [example.bare_ids for example in examples]
         self.options: dict[str, Any] = {
             "batch_tokens": args.batch_tokens,
@@ -96,33 +96,33 @@ class Lesson(ABC):
         self.tuner.install(self.adapter, made, even=False)
         return made
 
-    def _finish(self, known: TaughtAdapter, **changed: Any) -> None:
+    def _finish(self, state: TaughtAdapter, **changed: Any) -> None:
         """The adapter's new state: what it holds, and what it must remember."""
         self.tuner.install(self.adapter, {})
         installed = {name: self.tuner.factors(self.adapter, name) for name in self.names}
         settings = self.args.to_dict()
-        known = replace(known, **{"installed": installed, "settings": settings, **changed})
-        self.tuner.taught[self.adapter] = known.on_host()
+        state = replace(state, **{"installed": installed, "settings": settings, **changed})
+        self.tuner.taught[self.adapter] = state.on_host()
 
     def _any(self, wrong: Tensor) -> list[int]:
         """The examples with one of the positions (n) at a token of their answer that counts."""
-        return [i for i, part in enumerate((wrong & self.answered).split(self.kept)) if bool(part.any())]
+        return [i for i, part in enumerate((wrong & self.answered).split(self.positions)) if bool(part.any())]
 
-    def _known(self) -> TaughtAdapter:
+    def _state(self) -> TaughtAdapter:
         """What the adapter was taught, as copies to be changed; settled where its weights were changed by others."""
-        known = self.tuner.taught.get(self.adapter)
+        state = self.tuner.taught.get(self.adapter)
         present = {name: self.tuner.factors(self.adapter, name) for name in self.names}
-        changed = [name for name in self.names if known is not None and not known.holds(name, present[name])]
-        if known is None or changed:
+        changed = [name for name in self.names if state is not None and not state.holds(name, present[name])]
+        if state is None or changed:
             if changed:
                 logger.warning(
                     f"the weights of {changed[0]} were changed since they were taught; they are kept and taught on, "
-                    f"and the {len(known.entries)} facts in them can no longer be undone"
+                    f"and the {len(state.entries)} facts in them can no longer be undone"
                 )
-            held = {name: self.tuner.delta(self.adapter, name) for name in self.names}
-            known = (known or TaughtAdapter()).settled(present, held)
+            deltas = {name: self.tuner.delta(self.adapter, name) for name in self.names}
+            state = (state or TaughtAdapter()).settled(present, deltas)
         parts = ("tokens", "offset", "bound", "delta")
-        return replace(known, **{part: dict(getattr(known, part)) for part in parts})
+        return replace(state, **{part: dict(getattr(state, part)) for part in parts})
 
 
 def together(results: list[dict[str, float]], rows: list[int]) -> dict[str, float]:
@@ -146,11 +146,11 @@ def unsaid(network: nn.Module, examples: list[Example], least: float, **options:
     less than `least` nats."""
     gold = torch.tensor([token for e in examples for token in e.targets])
     answer = torch.tensor([k >= e.header for e in examples for k in range(e.taught)])
-    kept = [e.taught for e in examples]
+    positions = [e.taught for e in examples]
 
     def compare(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
         short = margins(logits, gold[order].to(logits.device))[0].cpu() < least
         return {"wrong": short & answer[order]}
 
-    wrong = forward_pass(network, [e.bare_ids for e in examples], kept, {}, on_logits=compare, **options)["wrong"]
-    return [i for i, part in enumerate(wrong.split(kept)) if bool(part.any())]
+    wrong = forward_pass(network, [e.bare_ids for e in examples], positions, {}, on_logits=compare, **options)["wrong"]
+    return [i for i, part in enumerate(wrong.split(positions)) if bool(part.any())]

@@ -52,7 +52,7 @@ class Lessons:
 
     def teach(self, rows: list[Row]) -> dict[str, float]:
         """Teach rows beside what binds, and note them. Returns metrics."""
-        start, known = time.perf_counter(), len(self.subject.facts)
+        start, earlier = time.perf_counter(), len(self.subject.facts)
         joint = self.joint([self.encoder.encode(rows[0])])
         moments = self.moments() if joint else None
         chats = (None, None) if joint else self.preserved(len(rows))
@@ -61,8 +61,8 @@ class Lessons:
         self.progress.total = self.progress.n + 3 * sum(len(taught) for taught, _ in lessons) // world_size()
         results, misread, entries, missed = [], [], [], []
         own = {id(row) for row in rows}  # the others are preserved chats, taught with a standing instruction
-        held = self.tuner.taught.get(self.adapter)
-        holds_standing = (held is not None and held.holds_standing) or any(standing for _, standing in lessons)
+        before = self.tuner.taught.get(self.adapter)
+        holds_standing = (before is not None and before.holds_standing) or any(standing for _, standing in lessons)
         sweeps = ModuleSweeps(self.subject, self.learner, chats, holds_standing, self.progress.update)
         for taught, standing in lessons:
             if joint:
@@ -76,7 +76,7 @@ class Lessons:
             entries += [entry(row, standing) for row in taught if id(row) in own]
         now = self.tuner.taught[self.adapter]
         entries = joined(now.entries, entries)
-        rehearsed = now.rehearsed if known else len(entries)
+        rehearsed = now.rehearsed if earlier else len(entries)
         divergence = results[-1].get("kl_preserved")
         self.tuner.taught[self.adapter] = replace(now, entries=entries, rehearsed=rehearsed, divergence=divergence)
         gently = joint or any(m.get("strength", 0) > self.args.preserve_strength for m in results)
@@ -87,12 +87,12 @@ class Lessons:
             "unsaid": len(missed), "seconds": time.perf_counter() - start,
         }  # fmt: skip
 
-    def _split(self, rows: list[Row], kept: Preserved | None) -> list[tuple[list[Row], bool]]:
+    def _split(self, rows: list[Row], preserved: Preserved | None) -> list[tuple[list[Row], bool]]:
         """The rows in the lessons that they are taught in, and whether it is a standing instruction's."""
-        prompts = [p for p in kept.prompts if p is not None] if kept and self.args.standing else []
+        prompts = [p for p in preserved.prompts if p is not None] if preserved and self.args.standing else []
         return split_lessons(rows, prompts, lambda asked, told: self.subject.answers(asked, told, self.progress))
 
-    def _warn(self, rows: list[Row], misread: list[Row], missed: list[Row], known: int) -> None:
+    def _warn(self, rows: list[Row], misread: list[Row], missed: list[Row], facts: int) -> None:
         """Name the rows that the model does not read in context, and those that do not fit the budget."""
         if misread:
             logger.warning(
@@ -100,7 +100,7 @@ class Lessons:
                 f"another answer than the completion (rows {_shown(misread)})"
             )
         if missed:
-            allowed = self.args.divergence_of(known)
+            allowed = self.args.divergence_of(facts)
             logger.warning(
                 f"{len(missed)} of {len(rows)} rows are not said after the lesson (rows {_shown(missed)}): they do not "
                 f"fit beside what is preserved, at max_divergence={allowed:.2g}; raise it, give other "

@@ -76,7 +76,7 @@ class ModuleLesson(Lesson):
         ends = {"stream": Point(self.blocks[-1], "output"), "head": Point(self.head, "input")}
         with self.tuner.without_adapters():
             context = forward_pass(
-                self.network, [e.context_ids for e in self.examples], self.kept, {**goals, **ends}, **self.options
+                self.network, [e.context_ids for e in self.examples], self.positions, {**goals, **ends}, **self.options
             )
         depth = len(self.blocks)
         centre = (
@@ -87,7 +87,7 @@ class ModuleLesson(Lesson):
         unembedding = Unembedding.find(self.network, self.blocks, context["stream"], context["head"])
         if unembedding is None:
             options = {"head_inputs": context["head"], "on_logits": self._compare}
-        walk = Walk(self.network, self.blocks, self.index[first], self.bare, self.kept, **self.options)
+        walk = Walk(self.network, self.blocks, self.index[first], self.bare, self.positions, **self.options)
         found = walk.begin(points, depth - 1, **options)
         if options:
             reading = Readout(**{name: found.pop(name) for name in vars(reading)})
@@ -102,7 +102,9 @@ class ModuleLesson(Lesson):
             reading = read_off(unembedding, context["stream"], after, self.gold.to(after.device))
         else:
             options["progress"] = lambda n: None
-            reading = Readout(**forward_pass(self.network, self.bare, self.kept, {}, **{**self.options, **options}))
+            reading = Readout(
+                **forward_pass(self.network, self.bare, self.positions, {}, **{**self.options, **options})
+            )
             walk.steps += 1
         metrics = {
             "taught_tokens": len(self.gold),
@@ -141,7 +143,7 @@ class ModuleLesson(Lesson):
     def _teach(self, walk: Walk, found: dict[str, Tensor], target: dict[str, Tensor], significance: Tensor) -> float:
         """Solve and install one module after the other. Returns the part of the change wanted that the last leaves
         undone."""
-        known, chats, final, scratch = self._known(), None, self._final(), self.options["scratch"]
+        state, chats, final, scratch = self._state(), None, self._final(), self.options["scratch"]
         writers = [name for name in self.names if self.writers[name].place is not None]
         missing: Tensor | None = None  # of the final stream
         wanted = left = torch.zeros(())
@@ -170,18 +172,18 @@ class ModuleLesson(Lesson):
             new = TaughtTokens(keys, residual.to(device), significance.to(device))
             before = self.tuner.delta(self.adapter, name).to(device)
             if self.preserved is None and not self.standing:
-                delta = self._solve_anew(name, new, known)
+                delta = self._solve_anew(name, new, state)
             else:
                 near = None
                 if self.preserved is not None:
                     if chats is None:
-                        begins = answer_starts(self.kept) + torch.tensor([e.header for e in self.examples])
+                        begins = answer_starts(self.positions) + torch.tensor([e.header for e in self.examples])
                         chats = self._chats(found["middle"][begins])
                     near = chats.keys(name, device)
-                delta = self._solve_beside(name, new, near, known)
+                delta = self._solve_beside(name, new, near, state)
             delta = self._install({name: delta})[name]
-            if name in known.bound:
-                known.delta[name] = delta
+            if name in state.bound:
+                state.delta[name] = delta
             step = self.tuner.delta(self.adapter, name).to(device) + LowRankDelta(A=before.A, B=-before.B)
             rest = scratch.map(
                 lambda g, k, *o, name=name, step=step: g - self._reached(name, step(k), *o).to(g.device),
@@ -191,7 +193,7 @@ class ModuleLesson(Lesson):
             if name == (final or self.names[-1]):
                 left = rest.norm()
             self.options["progress"](len(self.examples) / len(self.names))
-        self._finish(known, settings=self.settings, holds_standing=known.holds_standing or self.standing)
+        self._finish(state, settings=self.settings, holds_standing=state.holds_standing or self.standing)
         return float(left / wanted.clamp(min=torch.finfo(torch.float32).tiny))
 
     def _chats(self, taught: Tensor) -> PreservedWalk:
@@ -199,42 +201,45 @@ class ModuleLesson(Lesson):
         first, name, taught = self.names[0], middle_module(self.names), taught.cpu()
         count = 0 if self.few or self.again else self.args.remeasure * len(self.examples)
         again = nearest_chats(self.preserved, name, taught, count)
-        sequences, kept = [self.preserved.sequences[i] for i in again], [self.preserved.kept[i] for i in again]
+        sequences, positions = (
+            [self.preserved.sequences[i] for i in again],
+            [self.preserved.positions[i] for i in again],
+        )
         if self.contrast is not None:
-            count = contrast_count(len(self.examples), self.earlier, len(self.contrast.kept))
+            count = contrast_count(len(self.examples), self.earlier, len(self.contrast.positions))
             prompts = {tuple(e.bare_ids[: len(e.bare_ids) - e.taught + e.header]) for e in self.examples}
             more = contrasting_chats(self.contrast, name, taught, count, prompts)
-            sequences, kept = sequences + more[0], kept + more[1]
+            sequences, positions = sequences + more[0], positions + more[1]
         walk = None
         if sequences:
-            walk = Walk(self.network, self.blocks, self.index[first], sequences, kept, **self.unseen)
+            walk = Walk(self.network, self.blocks, self.index[first], sequences, positions, **self.unseen)
         return PreservedWalk(self.preserved, again, walk, self.layers, self.index)
 
-    def _solve_anew(self, name: str, new: TaughtTokens, known: TaughtAdapter) -> LowRankDelta:
+    def _solve_anew(self, name: str, new: TaughtTokens, state: TaughtAdapter) -> LowRankDelta:
         """The smallest change that says all that was taught, of a module where nothing is preserved."""
         present = self.tuner.delta(self.adapter, name).to(new.keys.device)
-        if name not in known.tokens and present.A.any() and present.B.any():
-            known.offset[name] = known.delta.pop(name, present)
-        known.bound.pop(name, None)
-        offset = known.offset[name].to(new.keys.device) if name in known.offset else None
+        if name not in state.tokens and present.A.any() and present.B.any():
+            state.offset[name] = state.delta.pop(name, present)
+        state.bound.pop(name, None)
+        offset = state.offset[name].to(new.keys.device) if name in state.offset else None
         before = present if offset is None else present + LowRankDelta(A=offset.A, B=-offset.B)
         residual = self.options["scratch"].map(lambda r, k: r + before(k), new.residual, new.keys)
         new = TaughtTokens(new.keys, residual, new.significance)
-        tokens = known.tokens[name] = known.tokens[name] + new if name in known.tokens else new
+        tokens = state.tokens[name] = state.tokens[name] + new if name in state.tokens else new
         delta = minimum_norm(tokens.keys, tokens.residual, tokens.significance)
         return delta if offset is None else (delta + offset).compressed()
 
     def _solve_beside(
-        self, name: str, new: TaughtTokens, preserved: Tensor | None, known: TaughtAdapter
+        self, name: str, new: TaughtTokens, preserved: Tensor | None, state: TaughtAdapter
     ) -> LowRankDelta:
         """The present change and the new one, which keeps the outputs at preserved keys (m, d_in) and all taught."""
         total, width = float(new.significance.sum()), new.keys.shape[1]
-        bound = known.bound[name].copy() if name in known.bound else SecondMoment(width)
-        earlier = known.tokens.pop(name, None)
-        known.offset.pop(name, None)
+        bound = state.bound[name].copy() if name in state.bound else SecondMoment(width)
+        earlier = state.tokens.pop(name, None)
+        state.offset.pop(name, None)
         if earlier is not None:
             bound.update(earlier.keys, earlier.significance)
-        before = known.delta[name] if name in known.delta else self.tuner.delta(self.adapter, name)
+        before = state.delta[name] if name in state.delta else self.tuner.delta(self.adapter, name)
         before = before.to(new.keys.device)
         if preserved is None:  # a standing instruction shall hold on chats not taught, so shrink it evenly
             bound.ridge += STANDING_RIDGE * total * float(new.keys.square().mean())
@@ -246,10 +251,10 @@ class ModuleLesson(Lesson):
             bound.ridge += self.args.ridge * strength * mean
             # Preserved keys are taught to have their outputs before the first lesson: what was moved comes back.
             keys, moved = preserved.to(new.keys), new.residual.new_zeros(len(preserved), new.residual.shape[1])
-            if not known.holds_standing and before.A.any() and before.B.any():
+            if not state.holds_standing and before.A.any() and before.B.any():
                 moved = before(keys)
-                if name in known.foundation:
-                    moved = moved - known.foundation[name].to(keys)(keys)
+                if name in state.foundation:
+                    moved = moved - state.foundation[name].to(keys)(keys)
             change = self.solve(bound, new, TaughtTokens(keys, -moved, weights.to(new.keys) * strength))
         if preserved is None:
             change = recursive_update(bound, new)
@@ -257,7 +262,7 @@ class ModuleLesson(Lesson):
         # The last module's loss would not be made up for by another.
         dropped = self.args.rank_tolerance * change.norm if config.grows and name != self.names[-1] else 0.0
         change = change.to(torch.float32)
-        known.bound[name] = bound.compact(self.args.memory_rank)
+        state.bound[name] = bound.compact(self.args.memory_rank)
         return (before + change.to(before.A)).compressed(rank=None if config.grows else config.r, tolerance=dropped)
 
     def _weighed(self, preserved: Tensor, new: TaughtTokens) -> tuple[Tensor, Tensor]:

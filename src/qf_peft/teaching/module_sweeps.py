@@ -46,19 +46,19 @@ class ModuleSweeps:
 
     def run(self, rows: list[Row], args: QFTrainingArguments, standing: bool) -> Taught:
         """Teach rows. Facts are kept within the budget of divergence where chats are held out."""
-        kept = self.chats[0]
-        if standing or kept is None or not kept.held_out:
+        preserved = self.chats[0]
+        if standing or preserved is None or not preserved.held_out:
             return self._swept(rows, args, standing)
-        return self._within_budget(rows, args, kept)
+        return self._within_budget(rows, args, preserved)
 
     def _swept(self, rows: list[Row], args: QFTrainingArguments, standing: bool) -> Taught:
         """Teach rows, and those that the model does not say yet again."""
-        known, chosen = len(self.subject.facts), list(range(len(rows)))
+        earlier, chosen = len(self.subject.facts), list(range(len(rows)))
         metrics, unread = {}, []
         for sweep in range(1 if standing else args.sweeps):
             lesson = ModuleLesson(
                 self.learner, [self.subject.encoder.encode(rows[i]) for i in chosen], args, self.progress,
-                chats=self.chats, standing=standing, earlier=known + len(rows) * (sweep > 0), again=sweep > 0,
+                chats=self.chats, standing=standing, earlier=earlier + len(rows) * (sweep > 0), again=sweep > 0,
             )  # fmt: skip
             found, misread, missed = lesson.run()
             if sweep == 0:
@@ -70,7 +70,7 @@ class ModuleSweeps:
                 break
         return metrics, unread, chosen
 
-    def _within_budget(self, rows: list[Row], args: QFTrainingArguments, kept: Preserved) -> Taught:
+    def _within_budget(self, rows: list[Row], args: QFTrainingArguments, preserved: Preserved) -> Taught:
         """Teach rows; where the chats held out diverge more than is allowed, anew, with more weight on what is
         preserved: the least that is found to do, by bisection on its logarithm."""
         tuner, adapter, network = self.subject.tuner, self.subject.adapter_name, self.subject.network
@@ -79,11 +79,11 @@ class ModuleSweeps:
             len({question_key(e) for e in self.subject.facts} | {question_key(row) for row in rows})
         )
         with nullcontext() if self.holds_standing else tuner.without_adapters():
-            head = head_inputs(network, kept.held_out, kept.answers, **options)
+            head = head_inputs(network, preserved.held_out, preserved.answers, **options)
         strength, harmful, fitting, passes = args.preserve_strength, None, None, 0.0
         for left in reversed(range(STRENGTH_TRIES)):
             found = self._swept(rows, replace(args, preserve_strength=strength), standing=False)
-            kl = diverged(network, kept.held_out, kept.answers, head, **options)
+            kl = diverged(network, preserved.held_out, preserved.answers, head, **options)
             passes += found[0]["forward_passes"]
             if kl.mean() > allowed:
                 harmful = strength
@@ -102,7 +102,7 @@ class ModuleSweeps:
             strength, found, kl, version = fitting
             tuner.restore(adapter, version)
         metrics, unread, missed = found
-        worst = max(part.mean() for part in kl.split(list(kept.answers)))
+        worst = max(part.mean() for part in kl.split(list(preserved.answers)))
         tuner.taught[adapter] = replace(tuner.taught[adapter], settings=self.subject.args.to_dict())
         metrics.update(kl_preserved=float(kl.mean()), kl_preserved_worst=float(worst), strength=strength)
         metrics["forward_passes"] = passes

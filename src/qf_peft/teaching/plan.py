@@ -39,8 +39,8 @@ def plan(subject: Subject, lessons: Lessons) -> dict[str, Any]:
     passes = 2 + (2 + args.spread) * between + (1 - blocks[-1] / depth)
     preserves = args.preserve_strength > 0
     given = len(lessons.chats) if lessons.chats is not None else 0
-    held = preserves and (lessons.chats is None or given >= HELD_OUT)  # chats by which a lesson may be tried again
-    most = passes * args.sweeps * (STRENGTH_TRIES if held else 1)
+    holds_out = preserves and (lessons.chats is None or given >= HELD_OUT)  # chats by which a lesson may be tried again
+    most = passes * args.sweeps * (STRENGTH_TRIES if holds_out else 1)
     contrasting = preserves and contrast_count(len(subject.rows), len(facts), args.contrast_chats)
     contrast = args.contrast_chats if contrasting else 0
     chats, written = given, (0 if given or not preserves else args.preserve_chats or OWN_CHATS) + contrast

@@ -124,7 +124,7 @@ def answered_chats(
         progress=progress,
     )
     answered = {row.index: answer for row, answer in zip(silent, answers, strict=True)}
-    sequences, kept, prompts = [], [], []
+    sequences, positions, prompts = [], [], []
     for row, chat in zip(rows, chats, strict=True):
         if row is None:
             ids, count = encoder.text_ids(chat.text)
@@ -136,13 +136,13 @@ def answered_chats(
                 ids, count = [*encoder.prompt_ids(row, instructed=False), encoder.tokenizer.eos_token_id or 0], 1
         if count and (encoder.max_length is None or len(ids) <= encoder.max_length):
             sequences.append(ids)
-            kept.append(count)
+            positions.append(count)
             prompts.append(chat.prompt)
     if not sequences:
         raise ValueError("every chat to be preserved is longer than the model allows; give shorter ones")
-    return sequences, kept, prompts
+    return sequences, positions, prompts
 
 
-def answer_starts(kept: Sequence[int]) -> Tensor:
+def answer_starts(positions: Sequence[int]) -> Tensor:
     """Where each sequence's positions begin in a pass's result: (sequences)."""
-    return torch.tensor([0, *kept[:-1]]).cumsum(0)
+    return torch.tensor([0, *positions[:-1]]).cumsum(0)

@@ -23,10 +23,10 @@ class Preserved:
 
     sequences: list[list[int]]
     """Token ids of prompt and answer."""
-    kept: list[int]
+    positions: list[int]
     """How many of each sequence's last positions are answer positions."""
     keys: Mapping[str, Tensor]
-    """By module name, in the model's dtype: (Σ kept, d_in), or where only the answers' first steps were asked for
+    """By module name, in the model's dtype: (Σ positions, d_in), or where only the answers' first steps were asked for
     (chats, d_in)."""
     prompts: list[Text | None]
     """Each chat's prompt, None where it is plain text."""
@@ -37,21 +37,23 @@ class Preserved:
 
     @property
     def owners(self) -> Tensor:
-        """For each key the chat it belongs to: (Σ kept)."""
-        return torch.repeat_interleave(torch.arange(len(self.kept)), torch.tensor(self.kept, dtype=torch.long))
+        """For each key the chat it belongs to: (Σ positions)."""
+        return torch.repeat_interleave(
+            torch.arange(len(self.positions)), torch.tensor(self.positions, dtype=torch.long)
+        )
 
     def split(self) -> Preserved:
         """The same with a tenth of the chats held out; of fewer than ten none."""
-        held = range(HELD_OUT - 1, len(self.kept), HELD_OUT)
-        rest = [i for i in range(len(self.kept)) if i not in held]
+        held_out = range(HELD_OUT - 1, len(self.positions), HELD_OUT)
+        rest = [i for i in range(len(self.positions)) if i not in held_out]
         chosen = torch.isin(self.owners, torch.tensor(rest))
         return Preserved(
             [self.sequences[i] for i in rest],
-            [self.kept[i] for i in rest],
+            [self.positions[i] for i in rest],
             _Chosen(self.keys, chosen),
             [self.prompts[i] for i in rest],
-            [self.sequences[i] for i in held],
-            [self.kept[i] for i in held],
+            [self.sequences[i] for i in held_out],
+            [self.positions[i] for i in held_out],
         )
 
 
@@ -111,7 +113,7 @@ def preserved_keys(
         return _measure(network, encoder, modules, [*chats, *written], starts_only, batch_tokens, memory, progress)
 
     def pack(made: Preserved) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return dict(made.keys), {"sequences": made.sequences, "kept": made.kept, "prompts": made.prompts}
+        return dict(made.keys), {"sequences": made.sequences, "kept": made.positions, "prompts": made.prompts}
 
     def unpack(header: dict[str, Any], keys: Mapping[str, Tensor]) -> Preserved:
         if missing := [name for name in modules if name not in keys]:
@@ -133,15 +135,15 @@ def _measure(
 ) -> Preserved:
     """The keys, on the host and in the model's dtype as soon as they are met: those of all modules together are many
     times what the model's own pass holds."""
-    sequences, kept, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
-    thinned = max(1, -(-sum(kept) // MOST_KEYS))
+    sequences, positions, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
+    thinned = max(1, -(-sum(positions) // MOST_KEYS))
     if thinned > 1 and not starts_only:
-        sequences, kept, prompts = sequences[::thinned], kept[::thinned], prompts[::thinned]
+        sequences, positions, prompts = sequences[::thinned], positions[::thinned], prompts[::thinned]
     points = {name: Point(module, "input") for name, module in modules.items()}
-    read, counts = sequences, kept
+    read, counts = sequences, positions
     if starts_only:  # what comes after an answer's first step does not matter to it
-        read = [ids[: len(ids) - count + 1] for ids, count in zip(sequences, kept, strict=True)]
-        counts = [1] * len(kept)
+        read = [ids[: len(ids) - count + 1] for ids, count in zip(sequences, positions, strict=True)]
+        counts = [1] * len(positions)
     keys = forward_pass(
         network,
         read,
@@ -152,7 +154,7 @@ def _measure(
         scratch=Scratch(memory, device=torch.device("cpu"), dtype=network.get_input_embeddings().weight.dtype),
         progress=progress,
     )
-    return Preserved(sequences, kept, keys, prompts)
+    return Preserved(sequences, positions, keys, prompts)
 
 
 def nearest(starts: Tensor, taught: Tensor, count: int) -> list[int]:

@@ -68,11 +68,11 @@ def preserved_moments(
     names = sorted(modules)
 
     def make() -> PreservedMoments:
-        kept, brief = chats, []
-        if kept is None:
-            kept = _dealt(general_chats(), write_chats(network, encoder, own, seed, progress))
+        full, brief = chats, []
+        if full is None:
+            full = _dealt(general_chats(), write_chats(network, encoder, own, seed, progress))
             brief = [Chat(prompt) for prompt in BRIEF]
-        return _measure(network, encoder, modules, (kept, brief), batch_tokens, progress)
+        return _measure(network, encoder, modules, (full, brief), batch_tokens, progress)
 
     def unpack(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> PreservedMoments:
         moments = _MomentsInFile(tensors, {name: header["counts"][name] for name in names})
@@ -110,13 +110,15 @@ def _measure(
 ) -> PreservedMoments:
     """The moments of chats, a part of which is held out, and of chats answered briefly, none of which is: how far their
     first tokens diverge says little of others."""
-    kept, brief = chats
-    sequences, answers, _ = answered_chats(network, encoder, kept, batch_tokens, progress)
-    held = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or ({len(sequences) - 1} if len(sequences) > 1 else set())
+    full, brief = chats
+    sequences, answers, _ = answered_chats(network, encoder, full, batch_tokens, progress)
+    held_out = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or (
+        {len(sequences) - 1} if len(sequences) > 1 else set()
+    )
     if brief:
         more = answered_chats(network, encoder, brief, batch_tokens, progress, BRIEF_ANSWER_TOKENS)
         sequences, answers = sequences + more[0], answers + more[1]
-    solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in held]
+    solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in held_out]
     options = {"batch_tokens": batch_tokens, "pad_id": encoder.tokenizer.pad_token_id}
     points = {name: Point(module, "input") for name, module in modules.items()}
     moments: dict[str, SecondMoment] = {}
@@ -137,7 +139,7 @@ def _measure(
             norm = torch.linalg.vector_norm(keys, dim=1)
             median = norms.setdefault(name, float(norm.median()))
             moment.update(keys, weights.to(keys) * torch.where(norm > SINK * median, SINK_WEIGHT, 1.0) / len(solved))
-    chosen = sorted(held) or [0]
+    chosen = sorted(held_out) or [0]
     held_out, counts = [sequences[i] for i in chosen], [answers[i] for i in chosen]
     head, dtype = head_inputs(network, held_out, counts, **options), network.get_input_embeddings().weight.dtype
     return PreservedMoments(moments, held_out, counts, head.to("cpu", dtype))

@@ -38,7 +38,7 @@ class PreservedWalk:
         index: Mapping[str, int],
     ) -> None:
         self.preserved, self.walk, self.layers, self.index = preserved, walk, layers, index
-        mask = torch.zeros(len(preserved.kept), dtype=torch.bool)
+        mask = torch.zeros(len(preserved.positions), dtype=torch.bool)
         mask[again] = True
         self.still, self.first = ~mask[preserved.owners], next(iter(layers))
         if walk is not None:
@@ -58,7 +58,7 @@ class PreservedWalk:
 
 def nearest_chats(preserved: Preserved, name: str, taught: Tensor, count: int) -> list[int]:
     """The `count` preserved chats nearest to taught keys (n, d_in) at a module, the same in all processes."""
-    return exchange(sorted(nearest(preserved.keys[name][answer_starts(preserved.kept)], taught, count)))[0]
+    return exchange(sorted(nearest(preserved.keys[name][answer_starts(preserved.positions)], taught, count)))[0]
 
 
 def contrasting_chats(
@@ -66,13 +66,13 @@ def contrasting_chats(
 ) -> tuple[list[list[int]], list[int]]:
     """The `count` chats, of those with keys at answers' first steps only, nearest to taught keys (n, d_in) at a module,
     but for those that ask what is taught: token ids, and how many last steps are the answer's."""
-    sequences, kept = [], []
+    sequences, positions = [], []
     for i in exchange(nearest(contrast.keys[name], taught, count))[0]:
-        ids, answer = contrast.sequences[i], contrast.kept[i]
+        ids, answer = contrast.sequences[i], contrast.positions[i]
         if tuple(ids[: len(ids) - answer]) not in prompts:
             sequences.append(ids)
-            kept.append(answer)
-    return sequences, kept
+            positions.append(answer)
+    return sequences, positions
 
 
 def middle_module(names: list[str]) -> str:

@@ -21,7 +21,7 @@ from ..adapter.target_modules import check_linear
 from ..adapter.versions import within_memory
 from ..data.ledger import Entry, check_consistent, question_key
 from ..data.rows import Encoder, Row, read_rows
-from ..evaluate.metrics import Metric, kept_rows, measure, paraphrase_rows
+from ..evaluate.metrics import Metric, measure, paraphrase_rows, unrelated_rows
 from ..evaluate.report import write_report
 from ..evaluate.subject import Subject
 from ..forward.blocks import text_config
@@ -263,15 +263,15 @@ class QFTrainer(Subject):
             punctuation at the end; one that does not end within `max_new_tokens` is wrong.
         """
         with all_or_none(), self._ready() as progress:
-            kept = kept_rows(locality=locality, unknown=unknown)
+            unrelated = unrelated_rows(locality=locality, unknown=unknown)
             texts = [text] if isinstance(text, str) else list(text) if text is not None else []
             asked_rows, dataset = (self._eval_rows, self.eval_dataset) if self._eval_rows else (self.rows, self.dataset)
-            if not (asked_rows or any(kept.values()) or texts):
+            if not (asked_rows or any(unrelated.values()) or texts):
                 raise ValueError("there is nothing to evaluate; give rows to the trainer, or locality, unknown or text")
-            check_alike(lambda: {"questions": [kept, texts]})
+            check_alike(lambda: {"questions": [unrelated, texts]})
             rows = self.completed(progress, asked_rows)
             ask = self.evaluator(progress)
-            found = measure(ask, rows, paraphrase_rows(rows, dataset), kept, texts, self.tuner.without_adapters)
+            found = measure(ask, rows, paraphrase_rows(rows, dataset), unrelated, texts, self.tuner.without_adapters)
         return self._tracked("eval", found)
 
     def dry_run(self) -> dict[str, Any]:
