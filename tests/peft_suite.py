@@ -138,6 +138,8 @@ def main() -> None:
         lora = json.loads(given.lora.read_text(encoding="utf-8"))
     else:
         lora = run(given.folder, "LoraConfig", options)
+        if not any(found["outcome"] == "passed" for found in lora.values()):
+            sys.exit("nothing passes with LoraConfig: the tests could not be run, see above")
         if given.lora is not None:
             given.lora.write_text(json.dumps(lora), encoding="utf-8")
     qf = run(given.folder, "QFConfig", options)
