@@ -32,6 +32,15 @@ BY_DESIGN: dict[str, str] = {
         "a file changes nothing of the base model that its configuration does not name; LoRA's may overwrite any weight"
     ),
     "a pickle, which can run code": "adapters from strangers are loaded from safetensors only",
+    "with this model's layer it must be": (
+        "a file that does not fit its model is refused as a whole, by a ValueError that names the tensor"
+    ),
+    "so the default target_modules cannot be found": (
+        "the default modules are those that write into the residual stream, found in the model, not a list by its type"
+    ),
+    "torch.allclose(output0[1::3], output_mixed[1::3])": (
+        "float32's rounding, as of LoraConfig(r=1, lora_alpha=1), which are QF's defaults, on the same values"
+    ),
     "is not compatible with the `PeftMixedModel`": "PEFT has a closed list of the types that can be mixed",
 }
 _METHOD, _RESULTS = "PEFT_SUITE_METHOD", "PEFT_SUITE_RESULTS"

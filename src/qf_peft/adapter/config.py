@@ -135,7 +135,7 @@ class QFConfig(LoraConfig):
 
     def _refuse_options_of_lora(self) -> None:
         """What QF does not have must be as LoRA's default is, before PEFT makes something of it."""
-        defaults = LoraConfig()
+        defaults = LoraConfig(peft_version=self.peft_version)
         for option in fields(LoraConfig):
             value, default = getattr(self, option.name), getattr(defaults, option.name)
             if option.name in _REFUSED and value:
