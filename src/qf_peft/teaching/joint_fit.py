@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..forward.capture import Point
@@ -83,13 +82,13 @@ class JointFit:
             wanted = wanted + more
         return wanted
 
-    def without_strays(self, strays: Strays, wanted: Tensor) -> tuple[Tensor, float]:
-        """Fit, and lower the surplus until few contrasting rows that are held out are given taught answers: the change
-        of the stream (n, d) that is solved for, and the share of those rows that still are."""
+    def without_strays(self, strays: Strays, wanted: Tensor, allowed: float) -> tuple[Tensor, float]:
+        """Fit, and lower the surplus until no more than `allowed` of the contrasting rows that are held out are given
+        taught answers: the change of the stream (n, d) that is solved for, and the share of those rows that are."""
         wanted = self.fitted(wanted, tuned.RIDGE, tuned.PASSES)
         share = strays.share()
         shrinks = 0
-        while share > tuned.STRAYS and shrinks < tuned.SURPLUS_SHRINKS:
+        while share > allowed and shrinks < tuned.SURPLUS_SHRINKS:
             wanted = self.lowered(wanted, tuned.LEAD + (self.margin - tuned.LEAD) * tuned.SURPLUS_SHRUNK)
             wanted = self.fitted(wanted, tuned.RIDGE, tuned.PASSES_BETWEEN, again=True)
             share, shrinks = strays.share(), shrinks + 1
@@ -100,17 +99,16 @@ class JointFit:
 
     def within_budget(self, chats: HeldOutChats, wanted: Tensor, allowed: float) -> tuple[Tensor, float, Tensor]:
         """Raise the ridge until the held-out chats diverge by no more than `allowed` nats: the change of the stream
-        (n, d) that is solved for at last, the ridge, and the divergence (positions) of what is installed then."""
-        ridge = tuned.RIDGE
-        for attempt in range(tuned.RIDGE_TRIES):
+        (n, d) that is solved for at last, the ridge, and the divergence (positions) of what is installed then.
+
+        Each further ridge is fitted from the same start. So many corrections take a share of the change that falls with
+        the ridge in every direction (iterated Tikhonov regularisation), and least where the keys tell little apart.
+        """
+        ridge, start = tuned.RIDGE, wanted
+        for _ in range(tuned.RIDGE_TRIES):
             kl = chats.divergence()
             if kl.mean() <= allowed:
                 return wanted, ridge, kl
-            if attempt == 0:  # what is least needed goes first
-                wanted = self.lowered(wanted, torch.minimum(self.margin, self.steps.needed))
-            # The smoother solution moves less of what is kept; it is fitted again while there is something to gain.
-            raised = float(kl.mean()) / allowed
-            ridge *= min(max(raised, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
-            wanted = wanted if attempt < tuned.RIDGE_TRIES // 2 else wanted / raised
-            wanted = self.fitted(wanted, ridge, tuned.PASSES_AGAIN, again=True)
+            ridge *= min(max(float(kl.mean()) / allowed, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
+            wanted = self.fitted(start, ridge, tuned.PASSES_AGAIN, again=True)
         return wanted, ridge, chats.divergence()

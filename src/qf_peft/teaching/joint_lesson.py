@@ -126,7 +126,8 @@ class JointLesson(Lesson):
 
         fit = JointFit(walk, self.ends["stream"], unembedding, steps, write, margin)
         aimed, _ = pushed(unembedding, found["stream"], steps.gold, margin)
-        wanted, strayed = fit.without_strays(strays, aimed - found["stream"])
+        stray = tuned.STRAYS * max(1.0, self.own / tuned.STRAYS_FACTS) ** tuned.STRAYS_POWER
+        wanted, strayed = fit.without_strays(strays, aimed - found["stream"], stray)
         wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(state.facts + self.own))
 
         self._bind(state, bound, {name: found[name][steps.taught] for name in chosen}, system, ridge)
