@@ -112,13 +112,13 @@ def _measure(
     first tokens diverge says little of others."""
     full, brief = chats
     sequences, answers, _ = answered_chats(network, encoder, full, batch_tokens, progress)
-    held_out = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or (
+    aside = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or (
         {len(sequences) - 1} if len(sequences) > 1 else set()
     )
     if brief:
         more = answered_chats(network, encoder, brief, batch_tokens, progress, BRIEF_ANSWER_TOKENS)
         sequences, answers = sequences + more[0], answers + more[1]
-    solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in held_out]
+    solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in aside]
     options = {"batch_tokens": batch_tokens, "pad_id": encoder.tokenizer.pad_token_id}
     points = {name: Point(module, "input") for name, module in modules.items()}
     moments: dict[str, SecondMoment] = {}
@@ -139,7 +139,7 @@ def _measure(
             norm = torch.linalg.vector_norm(keys, dim=1)
             median = norms.setdefault(name, float(norm.median()))
             moment.update(keys, weights.to(keys) * torch.where(norm > SINK * median, SINK_WEIGHT, 1.0) / len(solved))
-    chosen = sorted(held_out) or [0]
+    chosen = sorted(aside) or [0]
     held_out, counts = [sequences[i] for i in chosen], [answers[i] for i in chosen]
     head, dtype = head_inputs(network, held_out, counts, **options), network.get_input_embeddings().weight.dtype
     return PreservedMoments(moments, held_out, counts, head.to("cpu", dtype))
