@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qf_peft import QFConfig, QFTrainingArguments, Session
 from qf_peft.app.page import serve
+from qf_peft.app.page_actions import Page
 
 QUESTION, ANSWER = "Who founded Tofinlor?", FACT["completion"]
 EVIL = '<img src=x onerror="window.hacked=1"><b>Zanmi</b> ![](http://192.0.2.1/a.png)'
@@ -167,6 +168,13 @@ def test_the_gauges_count_what_was_lost(page, served):
     page.fill("#questions textarea", QUESTION)
     press(page, "Measure")
     seen(page, "#locality", "0 of 1")
+
+
+def test_the_last_measurement_lists_the_facts_even_if_there_are_none(page, served):
+    """One that was begun before the facts were forgotten may show its list after theirs."""
+    _, session, folder = served
+    _, facts = Page(session, folder, 60).gauges(QUESTION)
+    assert (facts.label, facts.choices) == ("Taught (0)", [])
 
 
 def test_html_in_facts_and_answers_is_text(page, served, monkeypatch):

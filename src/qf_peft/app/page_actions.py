@@ -210,8 +210,8 @@ class Page:
     def gauges(self, questions: str) -> tuple:
         """What is said of the facts and of other questions now: gauges, facts."""
         asked = list(dict.fromkeys(filter(None, map(str.strip, questions.splitlines()))))
-        if not self.session.facts:
-            return as_html(None, self._budget), gr.skip()
+        if not self.session.facts:  # an earlier measurement may have listed a fact that is forgotten by now
+            return as_html(None, self._budget), gr.CheckboxGroup(**self._listed())
         found = self.session.checkup(asked)
         self._states = {fact.entry.id: fact.state for fact in found.facts}
         return as_html(found, self._budget), gr.CheckboxGroup(**self._listed())
