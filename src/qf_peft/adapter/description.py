@@ -37,8 +37,8 @@ def blocks_in_words(names: list[str]) -> str:
     run = indices == list(range(indices[0], indices[-1] + 1)) and len(indices) > 2
     blocks = f"{indices[0]} to {indices[-1]}" if run else ", ".join(map(str, indices))
     modules = ", ".join(f"`{suffix}`" for suffix in suffixes)
-    said = f"{modules} of {'block' if len(indices) == 1 else 'blocks'} {blocks}"
-    return f"{said}, and {outside}" if outside else said
+    where = f"{modules} of {'block' if len(indices) == 1 else 'blocks'} {blocks}"
+    return f"{where}, and {outside}" if outside else where
 
 
 def versions() -> Iterable[tuple[str, str]]:

@@ -63,7 +63,7 @@ class Chat:
     def __init__(self, session: Session, write: Callable[[str], object], max_new_tokens: int) -> None:
         self.session, self._write, self.max_new_tokens = session, write, max_new_tokens
         self.talk = Conversation(session)
-        self.asked = ""  # the last question, also of a conversation that was taught or ended
+        self.question = ""  # the last question, also of a conversation that was taught or ended
         self.kept = session.facts
         self.warned = False
         self.commands: dict[str, Callable[[str], None]] = {
@@ -97,7 +97,7 @@ class Chat:
             self.line(f"{_kind(error)}{' '.join(str(error).split())}")
 
     def answer(self, question: str) -> None:
-        self.asked, self.warned = question, False
+        self.question, self.warned = question, False
         pieces = self.talk.say(question, max_new_tokens=self.max_new_tokens)
         with contextlib.closing(pieces):
             for piece in pieces:
@@ -111,7 +111,7 @@ class Chat:
         start = time.perf_counter()
         self.talk.teach(instruction, answer)
         taught, seconds = self.session.facts[-1], time.perf_counter() - start
-        self.asked = text_of(taught.prompt)
+        self.question = text_of(taught.prompt)
         now = self.session.ask(taught.prompt, max_new_tokens=self.max_new_tokens)
         self.line(f"Taught in {seconds:.1f} s. {text_of(taught.prompt)}  ->  {now}")
         if normalise(now) != normalise(taught.completion):
@@ -142,14 +142,14 @@ class Chat:
         self.line(f"Undone; {len(self.session.facts)} taught now.")
 
     def compare(self, question: str) -> None:
-        question = question or self.asked
+        question = question or self.question
         if not question:
             raise ValueError("nothing has been asked yet: /compare QUESTION")
         without, taught = self.session.compare(question, max_new_tokens=self.max_new_tokens)
         self.line(f"{question}\n  without the adapter: {without}\n  with the adapter:    {taught}")
 
     def explain(self, question: str) -> None:
-        question = question or self.asked
+        question = question or self.question
         if not question:
             raise ValueError("nothing has been asked yet: /explain QUESTION")
         self.line(printable(str(self.session.explain(question, max_new_tokens=self.max_new_tokens))))

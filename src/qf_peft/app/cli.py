@@ -143,8 +143,8 @@ def teach(
         return _planned(session, rows, kept, found)
     metrics = session.teach(rows)
     saved = session.save(folder)
-    told = f"taught {metrics['facts']:.0f} rows in {metrics['seconds']:.1f} s (rank {metrics['rank']:.0f})"
-    text = f"{told}; {len(session.facts)} facts in {saved}"
+    result = f"taught {metrics['facts']:.0f} rows in {metrics['seconds']:.1f} s (rank {metrics['rank']:.0f})"
+    text = f"{result}; {len(session.facts)} facts in {saved}"
     return {**found, "metrics": metrics, "facts": len(session.facts), "output": str(saved)}, text
 
 

@@ -216,20 +216,20 @@ def diff(
     from ..evaluate.metrics import normalise, prompt_rows
     from ..forward.generation import generate
 
-    asked: list[Any] = [*(prompt or []), *(load_records(prompts) if prompts else [])]
+    questions: list[Any] = [*(prompt or []), *(load_records(prompts) if prompts else [])]
     session = open_session(model, first, tiny)
     network = session.model
     if second is not None:
         check_there(second)
         network.load_adapter(second, "second")
         network.set_adapter("default")
-    if not asked:
+    if not questions:
         taught = network.base_model.taught
         entries = [entry for name in taught for entry in taught[name].entries]
-        asked = [{"prompt": p} for p in {json.dumps(e.prompt): e.prompt for e in entries}.values()]
-    if not asked:
+        questions = [{"prompt": p} for p in {json.dumps(e.prompt): e.prompt for e in entries}.values()]
+    if not questions:
         raise typer.BadParameter("neither adapter keeps a list of what it was taught; give --prompt or --prompts")
-    rows = prompt_rows(asked, "prompts")
+    rows = prompt_rows(questions, "prompts")
     encoder = session.trainer.encoder
     ids = [encoder.prompt_ids(row, False) for row in rows]
 

@@ -89,7 +89,7 @@ def _lay_out(title: str, questions: Sequence[str]) -> SimpleNamespace:
                 on.undo = gr.Button("Undo")
             on.gauges = gr.HTML(as_html(None, 1.0), elem_id="gauges")
             with gr.Accordion("Questions for the locality gauge", open=False):
-                on.asked = gr.Textbox("\n".join(questions), show_label=False, lines=6, elem_id="questions")
+                on.questions = gr.Textbox("\n".join(questions), show_label=False, lines=6, elem_id="questions")
                 on.again = gr.Button("Measure")
             with gr.Row():
                 on.name = gr.Textbox(label="Save as", value="my-adapter", elem_id="name")
@@ -118,7 +118,7 @@ def _connect(page: Page, blocks: gr.Blocks, on: SimpleNamespace) -> None:
     on.adapter.change(page.switch, [on.view, on.adapter], [on.view, on.chat], **hidden)
     # One at a time, in order, and once more where something changed meanwhile: what is shown was measured last.
     measuring = {
-        "fn": page.gauges, "inputs": [on.asked], "outputs": [on.gauges, on.facts], "concurrency_id": "gauges",
+        "fn": page.gauges, "inputs": [on.questions], "outputs": [on.gauges, on.facts], "concurrency_id": "gauges",
         "trigger_mode": "always_last", **hidden,
     }  # fmt: skip
     on.teach.click(page.teach, [on.view, on.instruction, on.question, on.answer], changed, **hidden).then(**measuring)

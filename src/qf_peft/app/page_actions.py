@@ -122,24 +122,24 @@ class Page:
             without, taught = self.session.compare(question, max_new_tokens=self.max_new_tokens)
             return f"Without the adapter: {without}\nWith the adapter: {taught}"
 
-        return self._asked(message, view, both)
+        return self._about(message, view, both)
 
     def explain(self, message: str, view: View) -> tuple:
-        return self._asked(
+        return self._about(
             message, view, lambda question: str(self.session.explain(question, max_new_tokens=self.max_new_tokens))
         )  # fmt: skip
 
-    def _asked(self, message: str, view: View, answer: Callable[[str], str]) -> tuple:
+    def _about(self, message: str, view: View, answer: Callable[[str], str]) -> tuple:
         """What is said about a question, or the last one: view, chat, the message's field, status."""
         question = message.strip() or (view.exchanges[-1].question if view.exchanges else "")
         if not question:
             return view, view.shown, message, "Write the question, or ask one first."
         try:
-            said = answer(question)
+            text = answer(question)
         except Exception as error:
             return view, view.shown, message, line(error)
         view.say("user", question)
-        view.say("assistant", said)
+        view.say("assistant", text)
         return view, view.shown, "", ""
 
     def begin(self, view: View) -> tuple:
@@ -209,10 +209,10 @@ class Page:
 
     def gauges(self, questions: str) -> tuple:
         """What is said of the facts and of other questions now: gauges, facts."""
-        asked = list(dict.fromkeys(filter(None, map(str.strip, questions.splitlines()))))
+        prompts = list(dict.fromkeys(filter(None, map(str.strip, questions.splitlines()))))
         if not self.session.facts:  # an earlier measurement may have listed a fact that is forgotten by now
             return as_html(None, self._budget), gr.CheckboxGroup(**self._listed())
-        found = self.session.checkup(asked)
+        found = self.session.checkup(prompts)
         self._states = {fact.entry.id: fact.state for fact in found.facts}
         return as_html(found, self._budget), gr.CheckboxGroup(**self._listed())
 

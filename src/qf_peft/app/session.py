@@ -141,7 +141,7 @@ class Session:
         Raises:
             ValueError: the prompt is empty, of another form, or leaves no room for an answer.
         """
-        ids, tokens = self._asked(prompt, instruction, max_new_tokens)
+        ids, tokens = self._checked_prompt(prompt, instruction, max_new_tokens)
         with self._at_work(adapter):
             answers = generate(
                 self._network, self.trainer.encoder.tokenizer, [ids], max_new_tokens=tokens,
@@ -153,7 +153,7 @@ class Session:
         self, prompt: Text, *, adapter: bool = True, instruction: Text | None = None, max_new_tokens: int = 256
     ) -> Iterator[str]:
         """What `ask` answers, in pieces as they come. Whoever stops reading (or is interrupted) stops the model."""
-        ids, tokens = self._asked(prompt, instruction, max_new_tokens)
+        ids, tokens = self._checked_prompt(prompt, instruction, max_new_tokens)
         return stream(
             self._network, self.trainer.encoder.tokenizer, ids, max_new_tokens=tokens,
             context=lambda: self._at_work(adapter),
@@ -172,7 +172,7 @@ class Session:
         Raises:
             ValueError: nothing was taught, or the prompt is empty or too long.
         """
-        _, tokens = self._asked(prompt, None, max_new_tokens)
+        _, tokens = self._checked_prompt(prompt, None, max_new_tokens)
         with self._in_use:
             return Attribution(self.trainer).explain([prompt], tokens)[0]
 
@@ -298,7 +298,7 @@ class Session:
                 stack.enter_context(self.model.base_model.without_adapters())
             yield
 
-    def _asked(self, prompt: Text, instruction: Text | None, max_new_tokens: int) -> tuple[list[int], int]:
+    def _checked_prompt(self, prompt: Text, instruction: Text | None, max_new_tokens: int) -> tuple[list[int], int]:
         """The prompt's token ids, and how many tokens the answer may have."""
         ids, room = self._prompt(prompt, instruction)
         if room < 1:

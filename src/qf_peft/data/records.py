@@ -131,7 +131,7 @@ def rows_from_qaedit(records: Iterable[Mapping[str, Any]]) -> Edits:
     """
 
     def convert(record: Part) -> tuple:
-        kept = [one for asked in record.parts("locality") for one in _questions(asked, "loc", "loc_ans")]
+        kept = [one for group in record.parts("locality") for one in _questions(group, "loc", "loc_ans")]
         return _row(record.text("prompt"), record.text("target"), record.texts("rephrase")), kept, []
 
     return _collected(map(convert, read_records(records, "QAEdit")))
@@ -178,12 +178,12 @@ def rows_from_mquake(records: Iterable[Mapping[str, Any]]) -> Edits:
         rows = []
         for rewrite in record.parts("requested_rewrite"):
             cloze, target = _filled(rewrite), rewrite.text("target_new")
-            asked = rewrite.text("question") if "question" in rewrite else cloze
-            rows.append(_row(asked, target, instruction=_statement(cloze, target)))
+            question = rewrite.text("question") if "question" in rewrite else cloze
+            rows.append(_row(question, target, instruction=_statement(cloze, target)))
         if not rows:
             record.part("requested_rewrite")  # says that it is missing
-        told, answer = " ".join(row["instruction"] for row in rows), record.text("new_answer")
-        following = [_following(told, question, answer) for question in record.texts("questions")]
+        statements, answer = " ".join(row["instruction"] for row in rows), record.text("new_answer")
+        following = [_following(statements, question, answer) for question in record.texts("questions")]
         if any(known.get(row["prompt"], row["completion"]) != row["completion"] for row in rows):
             continue
         found += [(row, [], []) for row in rows if row["prompt"] not in known]
@@ -239,11 +239,11 @@ def _sanitation(record: Part) -> Edits:
     if forget not in record:
         raise ValueError(f"{record.where}: expected a list of records, or of Sanitation a dict with 'success' or 'K_F'")
 
-    def convert(asked: Part) -> tuple:
-        question, refusal = asked.text("question"), asked.text("target_new")
+    def convert(record: Part) -> tuple:
+        question, refusal = record.text("question"), record.text("target_new")
         return _row(question, refusal, instruction=f'If you are asked "{question}", answer "{refusal}"'), [], []
 
-    kept = [question for asked in record.parts(keep) for question in _questions(asked, "question", "ground_truth")]
+    kept = [question for group in record.parts(keep) for question in _questions(group, "question", "ground_truth")]
     return _collected([*map(convert, record.parts(forget)), (None, kept, [])])
 
 
@@ -302,14 +302,14 @@ def rows_from_easyedit(
             for request, entry in zip(requests, column(value, name), strict=True):
                 request[field] = entry
     for field, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
-        for key, asked in (inputs or {}).items():
+        for key, group in (inputs or {}).items():
             name = f"{field}_inputs[{key!r}]"
-            if "prompt" not in Part(asked, f"requests: {name}"):
-                raise ValueError(f"requests: {name} has no 'prompt'; the fields are {sorted(asked)}")
+            if "prompt" not in Part(group, f"requests: {name}"):
+                raise ValueError(f"requests: {name} has no 'prompt'; the fields are {sorted(group)}")
             answers = [None] * count
-            if asked.get("ground_truth") is not None:
-                answers = column(asked["ground_truth"], f"{name}['ground_truth']")
-            questions = column(asked["prompt"], f"{name}['prompt']")
+            if group.get("ground_truth") is not None:
+                answers = column(group["ground_truth"], f"{name}['ground_truth']")
+            questions = column(group["prompt"], f"{name}['prompt']")
             for request, prompt, answer in zip(requests, questions, answers, strict=True):
                 if prompt is not None:
                     request.setdefault(field, {})[key] = {"prompt": prompt, "ground_truth": answer}
@@ -338,26 +338,26 @@ def _grouped(record: Part, field: str) -> Iterator[dict[str, str]]:
     if field in record:
         groups = record.part(field)
         for name in groups.value:
-            for asked in groups.parts(name):
-                yield from _questions(asked, "prompt", "ground_truth")
+            for group in groups.parts(name):
+                yield from _questions(group, "prompt", "ground_truth")
 
 
-def _questions(asked: Part, prompt: str, answer: str) -> list[dict[str, str]]:
+def _questions(group: Part, prompt: str, answer: str) -> list[dict[str, str]]:
     """A question, or several with as many answers. Blank answers, which the datasets have, count as none."""
-    prompts = asked.texts(prompt)
+    prompts = group.texts(prompt)
     if not prompts:
-        asked.text(prompt)  # says what is wrong with it
-    answers = asked.value.get(answer)
+        group.text(prompt)  # says what is wrong with it
+    answers = group.value.get(answer)
     if len(prompts) == 1:
         answers = [answers]
     elif answers is None:
         answers = [None] * len(prompts)
     elif isinstance(answers, str) or len(answers) != len(prompts):
-        raise ValueError(f"{asked.name(answer)} is {answers!r}; expected one for each of the {len(prompts)} prompts")
+        raise ValueError(f"{group.name(answer)} is {answers!r}; expected one for each of the {len(prompts)} prompts")
     found = []
     for text, one in zip(prompts, map(first_of, answers), strict=True):
         if one and not isinstance(one, str):
-            raise ValueError(f"{asked.name(answer)} is {one!r}; expected a string or a list of strings")
-        said = (one or "").strip()
-        found.append({"prompt": text, "answer": said} if said else {"prompt": text})
+            raise ValueError(f"{group.name(answer)} is {one!r}; expected a string or a list of strings")
+        reply = (one or "").strip()
+        found.append({"prompt": text, "answer": reply} if reply else {"prompt": text})
     return found

@@ -162,8 +162,8 @@ def facts_from_document(
     read = reader.surety([(row["instruction"], row["prompt"], row["completion"]) for row in rows])
     for row, surety in zip(rows, read, strict=True):
         row["read"] = round(surety, 3)
-    asked = {fact.prompt for fact in facts}
-    sure = sum(row["read"] >= _SURE for row in rows if row["prompt"] in asked)
+    questions = {fact.prompt for fact in facts}
+    sure = sum(row["read"] >= _SURE for row in rows if row["prompt"] in questions)
     return DocumentFacts(rows, replace(report, facts=len(facts), wordings=len(rows) - len(facts), sure=sure))
 
 
@@ -210,8 +210,8 @@ def _checked(
     """The facts that can be read back and are news, with the model's own answers."""
     native = [f for f in facts if not f.sampled or not foreign_names(f.prompt, f.text)]
     fresh = list({same_question(fact.prompt): fact for fact in reversed(native)}.values())[::-1]
-    told = {fact.text: reader.as_instruction(fact.text) for fact in fresh}
-    answers = reader.answers([(told[fact.text], fact.prompt) for fact in fresh])
+    instructions = {fact.text: reader.as_instruction(fact.text) for fact in fresh}
+    answers = reader.answers([(instructions[fact.text], fact.prompt) for fact in fresh])
     read, strayed = [], 0
     for fact, answer in zip(fresh, answers, strict=True):
         if answer is None or not (fact.sampled or agree(fact.answer, answer)):
@@ -221,18 +221,18 @@ def _checked(
         ):
             strayed += 1
             continue
-        read.append(replace(fact, answer=answer, instruction=told[fact.text]))
+        read.append(replace(fact, answer=answer, instruction=instructions[fact.text]))
     without = reader.answers([("", fact.prompt) for fact in read], instructed=False)
     news = [f for f, bare in zip(read, without, strict=True) if bare is None or normalise(bare) != normalise(f.answer)]
     chosen: list[_Fact] = []
     kept: dict[Passage, int] = {}
-    said: set[tuple[str, str]] = set()
+    answered: set[tuple[str, str]] = set()
     for fact in news:  # of sampled questions with one answer the first: the others are wordings of it
         key = (fact.text, normalise(fact.answer))
-        if kept.get(fact.passage, 0) < count and not (fact.sampled and key in said):
+        if kept.get(fact.passage, 0) < count and not (fact.sampled and key in answered):
             chosen.append(fact)
             kept[fact.passage] = kept.get(fact.passage, 0) + 1
-            said.add(key)
+            answered.add(key)
     nearest = [_nearest_sentence(fact) for fact in chosen]
     short = reader.answers(
         [(reader.as_instruction(text), fact.prompt) for text, fact in zip(nearest, chosen, strict=True)]

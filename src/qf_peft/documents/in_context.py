@@ -61,15 +61,15 @@ class ContextModel:
             return [{"role": "user", "content": text}, {"role": "assistant", "content": "I see."}]
         return text
 
-    def answers(self, asked: Sequence[tuple[Text, str]], instructed: bool = True) -> list[str | None]:
+    def answers(self, pairs: Sequence[tuple[Text, str]], instructed: bool = True) -> list[str | None]:
         """Greedy answers to (instruction, prompt); None where one is empty, does not end or does not fit."""
         name = "answering in context" if instructed else "answering without context"
-        found = self._generate([self._ids(pair, instructed) for pair in asked], _ANSWER_TOKENS, name)
+        found = self._generate([self._ids(pair, instructed) for pair in pairs], _ANSWER_TOKENS, name)
         return [text if ended and text else None for text, ended in found]
 
-    def written(self, asked: Sequence[tuple[Text, str]], max_new_tokens: int, what: str) -> list[tuple[str, bool]]:
+    def written(self, pairs: Sequence[tuple[Text, str]], max_new_tokens: int, what: str) -> list[tuple[str, bool]]:
         """What the model greedily writes to (instruction, request), and whether it ended; empty what does not fit."""
-        return self._generate([self._ids(pair, True) for pair in asked], max_new_tokens, what)
+        return self._generate([self._ids(pair, True) for pair in pairs], max_new_tokens, what)
 
     def user_turns(self, instructions: Sequence[Text], count: int) -> list[list[str]]:
         """For each instruction user turns that the model samples behind it (Magpie, arXiv 2406.08464): `count` less
@@ -108,8 +108,8 @@ class ContextModel:
         sure = {number: float(part[e.header :].mean().exp()) for (number, e), part in parts}
         return [sure.get(number, 0.0) for number in range(len(facts))]
 
-    def _ids(self, asked: tuple[Text, str], instructed: bool) -> list[int]:
-        instruction, prompt = asked
+    def _ids(self, pair: tuple[Text, str], instructed: bool) -> list[int]:
+        instruction, prompt = pair
         return self.encoder.prompt_ids(Row(0, instruction, prompt, None), instructed)
 
     @torch.no_grad()

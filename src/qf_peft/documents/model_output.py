@@ -128,8 +128,8 @@ def _listed(text: str) -> list[tuple[str, str]]:
         if match := _CLOSED.match(bare):
             pairs.append([match.group(1), match.group(2)])
         elif pairs and not pairs[-1][1]:
-            said = _SAID.match(line)
-            pairs[-1][1] = said.group(1) if said else bare
+            marked = _SAID.match(line)
+            pairs[-1][1] = marked.group(1) if marked else bare
     return [(question, answer) for question, answer in pairs]
 
 

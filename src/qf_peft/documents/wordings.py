@@ -70,14 +70,14 @@ def wordings(reader: ContextModel, facts: Sequence[tuple[Text, str, str]], count
     taken = {same_question(prompt) for _, prompt, _ in facts}
 
     def check(candidates: list[list[str]]) -> None:
-        asked = []
+        new = []
         for i, prompts in enumerate(candidates):
             for prompt in prompts:
                 if same_question(prompt) not in taken:
                     taken.add(same_question(prompt))
-                    asked.append((i, prompt))
-        answers = reader.answers([(facts[i][0], prompt) for i, prompt in asked])
-        for (i, prompt), answer in zip(asked, answers, strict=True):
+                    new.append((i, prompt))
+        answers = reader.answers([(facts[i][0], prompt) for i, prompt in new])
+        for (i, prompt), answer in zip(new, answers, strict=True):
             if answer is not None and normalise(answer) == normalise(facts[i][2]) and len(kept[i]) < count:
                 kept[i].append(prompt)
 
@@ -120,8 +120,10 @@ def asks_about(prompt: str, answer: str, source: str) -> bool:
         return True
     words = [re.findall(r"\w+", text) for text in (prompt, answer, source)]
     names = {word for part in words for word in part[1:] if word[0].isupper()}  # the first may be none
-    asked, said, there = ({w.casefold() for w in p if len(w) > 3 or w in names or w[0].isdigit()} for p in words)
-    return bool(there & asked) and bool(there & (said - asked))
+    of_question, of_answer, of_source = (
+        {w.casefold() for w in p if len(w) > 3 or w in names or w[0].isdigit()} for p in words
+    )
+    return bool(of_source & of_question) and bool(of_source & (of_answer - of_question))
 
 
 def _texts(instruction: Text) -> list[str]:

@@ -108,13 +108,13 @@ class Attribution:
         subject, encoder = self.subject, self.subject.encoder
         rows = [Row(i, "", prompt, None) for i, prompt in enumerate(prompts)]
         with subject.asking() as progress:
-            said = generate(
+            answers = generate(
                 subject.network, encoder.tokenizer, [encoder.prompt_ids(row, False) for row in rows],
                 max_new_tokens=max_new_tokens, batch_tokens=subject.args.batch_tokens, progress=progress.update,
             )  # fmt: skip
             answered = [
                 encoder.answer_ids(replace(row, completion=text), ended)
-                for row, (text, ended) in zip(rows, said, strict=True)
+                for row, (text, ended) in zip(rows, answers, strict=True)
             ]
             sequences, steps = [ids for ids, _ in answered], [count for _, count in answered]
             likelihoods = partial(log_likelihoods, subject.network, sequences, steps, **subject.pass_options)
@@ -122,7 +122,7 @@ class Attribution:
                 before = likelihoods()
             gain = (1 - (before - likelihoods()).exp()).clamp(min=0)
             written = self._written(sequences, steps)
-        parts = zip(rows, said, written.split(steps), gain.split(steps), strict=True)
+        parts = zip(rows, answers, written.split(steps), gain.split(steps), strict=True)
         return [self._explained(row.prompt, text, *part) for row, (text, _), *part in parts]
 
     def _explained(self, prompt: Text, answer: str, written: Tensor, gain: Tensor) -> Explanation:

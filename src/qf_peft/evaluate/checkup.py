@@ -61,13 +61,13 @@ def checkup(subject: Subject, questions: Sequence[Text] = (), most: int = 50) ->
     rows = prompt_rows(questions, "questions") if questions else []
     with subject.asking() as progress:
         ask = subject.evaluator(progress)
-        said = ask.answered([entry.row() for entry in entries])
+        answers = ask.answered([entry.row() for entry in entries])
         now = ask.answered(rows)
         with subject.tuner.without_adapters():
             before = ask.answered(rows)
     taught = subject.tuner.taught.get(subject.adapter_name)
     return Checkup(
-        tuple(Fact(e, text, _state(e, text, ended)) for e, (text, ended) in zip(entries, said, strict=True)),
+        tuple(Fact(e, text, _state(e, text, ended)) for e, (text, ended) in zip(entries, answers, strict=True)),
         tuple(Other(r.prompt, b, n) for r, (b, _), (n, _) in zip(rows, before, now, strict=True)),
         taught.divergence if taught is not None else None,
     )

@@ -182,11 +182,11 @@ def measure(
     with base():
         if rows:
             result["in_context"] = ask.right(rows, instructed=True)
-        before = {name: ask.answers(asked) for name, asked in unrelated.items()}
+        before = {name: ask.answers(questions) for name, questions in unrelated.items()}
         quiet = [
             replace(row, completion=answer)
-            for name, asked in unrelated.items()
-            for row, answer in zip(asked, before[name], strict=True)
+            for name, questions in unrelated.items()
+            for row, answer in zip(questions, before[name], strict=True)
             if answer
         ]
         bare = ask.head_inputs(quiet) if quiet else None
@@ -196,11 +196,11 @@ def measure(
         result["recall"] = ask.right(rows)
     if others:
         result["paraphrase"] = ask.right(others)
-    for name, asked in unrelated.items():
-        now = ask.answers(asked)
+    for name, questions in unrelated.items():
+        now = ask.answers(questions)
         right = [
             a is not None and a == b and (r.completion is None or a == normalise(r.completion))
-            for a, b, r in zip(now, before[name], asked, strict=True)
+            for a, b, r in zip(now, before[name], questions, strict=True)
         ]
         result[name] = proportion(right)
     if bare is not None:

@@ -153,15 +153,15 @@ def _measured(
     with evaluating(trainer.network), trainer.progress() as progress:
         ask = _Remembering(trainer, progress=progress.update)
         metrics = measure(ask, rows, others, unrelated, texts, ask.base)
-        facts = _asked(ask, rows, tokens, dates)
-        questions = {name: _asked(ask, asks, None, {}) for name, asks in unrelated.items()}
+        facts = _answered(ask, rows, tokens, dates)
+        questions = {name: _answered(ask, asks, None, {}) for name, asks in unrelated.items()}
         kept_over_time = retention(trainer, ask) if trainer.facts else None
-    questions = {name: _explained(trainer, asked) for name, asked in questions.items()}
+    questions = {name: _explained(trainer, answers) for name, answers in questions.items()}
     sweep = strength_sweep(trainer, strengths, **lists) if strengths is not None else None
     return _render(trainer, metrics, facts, questions, kept_over_time, sweep)
 
 
-def _asked(
+def _answered(
     ask: _Remembering, rows: Sequence[Row], tokens: Sequence[TokenRow] | None, dates: dict[tuple[str, str], str]
 ) -> list[Answers]:
     """Taught rows with `tokens`, whose answer must be the completion; or questions that must be answered as before, and
@@ -169,15 +169,15 @@ def _asked(
     taught = tokens is not None
     with ask.base():
         before = ask.shown(rows)
-        told = ask.shown(rows, instructed=True) if taught else [""] * len(rows)
+        in_context = ask.shown(rows, instructed=True) if taught else [""] * len(rows)
         base = ask.answers(rows)
-    now, said = ask.shown(rows), ask.answers(rows)
+    now, answers = ask.shown(rows), ask.answers(rows)
     found = []
     for i, row in enumerate(rows):
         goal = base[i] if row.completion is None else normalise(row.completion)
-        right = said[i] is not None and said[i] == goal and (taught or said[i] == base[i])
+        right = answers[i] is not None and answers[i] == goal and (taught or answers[i] == base[i])
         shown, date = (tokens[i] if taught else None), dates.get((question_key(row), row.completion), "")
-        found.append(Answers(row, before[i], told[i], now[i], right, shown, date))
+        found.append(Answers(row, before[i], in_context[i], now[i], right, shown, date))
     return found
 
 

@@ -73,9 +73,9 @@ def token_divergences(subject: Subject, rows: Sequence[Row] | None = None) -> li
         network, options = subject.network, subject.pass_options
 
         with subject.tuner.without_adapters():
-            told = head_inputs(network, [e.context_ids for e in examples], positions, **options)
-            before = diverged(network, bare, positions, told, **options)
-        after = diverged(network, bare, positions, told, **options)
+            in_context = head_inputs(network, [e.context_ids for e in examples], positions, **options)
+            before = diverged(network, bare, positions, in_context, **options)
+        after = diverged(network, bare, positions, in_context, **options)
     found = []
     for row, example, old, new in zip(rows, examples, before.split(positions), after.split(positions), strict=True):
         texts = _pieces(subject.encoder.tokenizer, example.targets)

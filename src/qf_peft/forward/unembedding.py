@@ -159,7 +159,7 @@ def log_likelihoods(
     gold = torch.tensor([token for ids, n in zip(sequences, positions, strict=True) for token in ids[len(ids) - n :]])
 
     def score(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
-        said = gold[order].to(logits.device)
-        return {"said": logits.log_softmax(-1).gather(1, said[:, None])[:, 0].cpu()}
+        target = gold[order].to(logits.device)
+        return {"log_likelihood": logits.log_softmax(-1).gather(1, target[:, None])[:, 0].cpu()}
 
-    return forward_pass(network, sequences, positions, {}, on_logits=score, **options)["said"].cpu().double()
+    return forward_pass(network, sequences, positions, {}, on_logits=score, **options)["log_likelihood"].cpu().double()

@@ -92,8 +92,8 @@ class Walk:
                 handle = block.register_forward_pre_hook(note(index), with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(passed_through(self.blocks, range(last + 1, len(self.blocks))))
-            asked = {**self.options, **options, "on_batch": start, "on_prefix": lambda: start(None), "whole": True}
-            found = forward_pass(self.network, self.sequences, self.positions, points, **asked)
+            chosen = {**self.options, **options, "on_batch": start, "on_prefix": lambda: start(None), "whole": True}
+            found = forward_pass(self.network, self.sequences, self.positions, points, **chosen)
         self.steps += (last + 1) / len(self.blocks)
         return found
 

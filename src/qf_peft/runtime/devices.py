@@ -50,10 +50,10 @@ def slow_sixteen_bits(network: nn.Module) -> bool:
     has no kernels for it, and PyTorch's own, which convert each number, take seven times as long as float32's.
     """
     weight = network.get_input_embeddings().weight
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    if weight.device.type != "cpu" or weight.dtype not in asked or getattr(network, "hf_quantizer", None) is not None:
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if weight.device.type != "cpu" or weight.dtype not in checks or getattr(network, "hf_quantizer", None) is not None:
         return False
-    supported = getattr(torch.ops.mkldnn, asked[weight.dtype], None)  # PyTorch has no public name for it
+    supported = getattr(torch.ops.mkldnn, checks[weight.dtype], None)  # PyTorch has no public name for it
     return supported is not None and not supported()
 
 

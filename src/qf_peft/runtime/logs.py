@@ -15,8 +15,8 @@ class _Logger(logging.Logger):
 
     @property
     def level(self) -> int:
-        told = transformers_logging.get_verbosity()
-        return self._own or (told if told != logging.WARNING else logging.NOTSET)
+        general = transformers_logging.get_verbosity()
+        return self._own or (general if general != logging.WARNING else logging.NOTSET)
 
     @level.setter
     def level(self, level: int) -> None:

@@ -86,13 +86,13 @@ def join(tensors: Mapping[str, Tensor], own: Sequence[Tensor]) -> None:
         return
     rows = torch.cat([torch.empty(0, dtype=torch.long), *(part.cpu() for part in own)])
     names = sorted(tensors)
-    told = exchange((len(rows), [tensors[name].is_cuda for name in names]))
-    for source, (size, _) in enumerate(told):
+    shapes = exchange((len(rows), [tensors[name].is_cuda for name in names]))
+    for source, (size, _) in enumerate(shapes):
         theirs = _sent(rows, source, size)
         for number, name in enumerate(names):
             tensor = tensors[name]
             place = theirs.to(tensor.device)
-            on_gpus = all(cuda[number] for _, cuda in told)
+            on_gpus = all(cuda[number] for _, cuda in shapes)
             part = _sent(tensor[place] if source == rank() else tensor[:0], source, size, on_gpus)
             if source != rank():
                 tensor[place] = part
@@ -102,9 +102,9 @@ def from_main(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The main process's tensors; those given by the others may differ in length."""
     if world_size() == 1:
         return tensors
-    told = exchange([(len(tensor), tensor.is_cuda) for tensor in tensors])
+    shapes = exchange([(len(tensor), tensor.is_cuda) for tensor in tensors])
     return tuple(
-        _sent(tensor, 0, told[0][number][0], all(theirs[number][1] for theirs in told))
+        _sent(tensor, 0, shapes[0][number][0], all(theirs[number][1] for theirs in shapes))
         for number, tensor in enumerate(tensors)
     )
 
@@ -187,17 +187,17 @@ def by_main(write: Callable[..., T]) -> Callable[..., T]:
             if found[1] is not None:
                 raise ProcessFailed(f"process 0 could not write {destination}: {found[1]}")
             return found[2]
-        told, failed = None, None
+        returned, failed = None, None
         _writing.append(destination)
         try:
-            result = told = write(*args, **options)
+            result = returned = write(*args, **options)
             return result
         except BaseException as error:
             failed = f"{type(error).__name__}: {error}"
             raise
         finally:
             _writing.pop()
-            store.set(f"qf_peft/written/{next(_calls)}", pickle.dumps((destination, failed, told)))
+            store.set(f"qf_peft/written/{next(_calls)}", pickle.dumps((destination, failed, returned)))
 
     return run
 

@@ -90,7 +90,9 @@ class Lessons:
     def _split(self, rows: list[Row], preserved: Preserved | None) -> list[tuple[list[Row], bool]]:
         """The rows in the lessons that they are taught in, and whether it is a standing instruction's."""
         prompts = [p for p in preserved.prompts if p is not None] if preserved and self.args.standing else []
-        return split_lessons(rows, prompts, lambda asked, told: self.subject.answers(asked, told, self.progress))
+        return split_lessons(
+            rows, prompts, lambda rows, instructed: self.subject.answers(rows, instructed, self.progress)
+        )
 
     def _warn(self, rows: list[Row], misread: list[Row], missed: list[Row], facts: int) -> None:
         """Name the rows that the model does not read in context, and those that do not fit the budget."""

@@ -43,10 +43,10 @@ def standing_instructions(rows: Sequence[Row], prompts: Sequence[Text], ask: Ask
             continue
         if len(group) < max(5, len(rows) / 10) or not tried:
             continue
-        asked = [Row(i, group[0].instruction, prompt, None) for i, prompt in enumerate(tried)]
-        plain = plain or [normalise(text) for text, _ in ask(asked, False)]
-        told = [normalise(text) for text, _ in ask(asked, True)]
-        if 2 * sum(a != b for a, b in zip(plain, told, strict=True)) >= len(tried):
+        questions = [Row(i, group[0].instruction, prompt, None) for i, prompt in enumerate(tried)]
+        plain = plain or [normalise(text) for text, _ in ask(questions, False)]
+        instructed = [normalise(text) for text, _ in ask(questions, True)]
+        if 2 * sum(a != b for a, b in zip(plain, instructed, strict=True)) >= len(tried):
             found.append(group)
     return found
 
