@@ -1,15 +1,33 @@
-"""Errors of files, said so that one knows what to do, and what is (not) lost."""
+"""Files that are written whole or not at all, and their errors, said so that one knows what to do."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+
+@contextmanager
+def whole_file(path: Path, prefix: str | None = None) -> Iterator[Path]:
+    """Another name beside a file, to be written under: it becomes the file once that has gone well.
+
+    Args:
+        path: the file, new or to be replaced.
+        prefix: how the other name begins; by default as a hidden file's of this name.
+    """
+    temporary = path.with_name(f"{prefix or f'.{path.name}-'}{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

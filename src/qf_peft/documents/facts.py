@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..data.files import load_rows
 from ..data.rows import Text
+from ..data.writing import whole_file
 from ..evaluate.metrics import normalise
 from .in_context import ContextModel
 from .model_output import parse_pairs
@@ -270,15 +270,8 @@ def write_review(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> 
     Raises:
         OSError: the file cannot be written; an earlier one is then as it was.
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(Path(path)) as file:
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_review(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from ..adapter.description import base_model_id, blocks_in_words, versions
 from ..adapter.modes import evaluating
 from ..data.ledger import question_key
 from ..data.rows import Row, Text
-from ..data.writing import saving_to
+from ..data.writing import saving_to, whole_file
 from .attribution import Attribution, Influence
 from .known import known_rows
 from .metrics import RESULTS, Evaluator, Metric, measure, normalise, paraphrase_rows, unrelated_rows
@@ -116,22 +115,9 @@ def write_report(
     texts = [text] if isinstance(text, str) else list(text) if text is not None else []
     with trainer.tuner.serving.changing():  # of one time, and no other thread meets the model without its adapter
         page = _measured(trainer, lists, unrelated, texts, strengths)
-    with saving_to(path, "the report"):
-        _write(path, page)
+    with saving_to(path, "the report"), whole_file(path) as file:
+        file.write_text(page, encoding="utf-8")
     return path
-
-
-def _write(path: Path, page: str) -> None:
-    """Write the page under another name, and rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _measured(

@@ -16,6 +16,7 @@ from ..adapter.checks import qf_adapter
 from ..adapter.description import base_model_id, blocks_in_words, versions
 from ..adapter.model import QFModel
 from ..data.rows import read_rows
+from ..data.writing import whole_file
 from ..evaluate.metrics import RESULTS, Metric
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -114,9 +115,8 @@ def save_card(card: ModelCard, folder: str | Path) -> None:
             if name != "model-index":
                 theirs.data[name] = value
         card = theirs
-    temporary = path.with_name(".README.md.part")
-    card.save(temporary)
-    temporary.replace(path)
+    with whole_file(path) as file:
+        card.save(file)
 
 
 def _generates_text(model: PeftModel) -> bool:

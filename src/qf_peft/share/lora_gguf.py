@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.writing import saving_to
+from ..data.writing import saving_to, whole_file
 from ..forward.blocks import find_blocks
 
 GGUF_NAME = "adapter.gguf"
@@ -60,10 +58,8 @@ def write_gguf(target: Path, network: nn.Module, written: dict[str, tuple[Tensor
 
     with saving_to(target, "the adapter"):
         target.mkdir(parents=True, exist_ok=True)
-        number, temporary = tempfile.mkstemp(prefix=f".{GGUF_NAME}-", dir=target)
-        os.close(number)
-        try:
-            writer = gguf.GGUFWriter(temporary, architecture)
+        with whole_file(target / GGUF_NAME) as file:
+            writer = gguf.GGUFWriter(file, architecture)
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # llama.cpp multiplies by alpha / rank
@@ -74,10 +70,6 @@ def write_gguf(target: Path, network: nn.Module, written: dict[str, tuple[Tensor
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(target / GGUF_NAME)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _array(factor: Tensor) -> Any:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -24,6 +23,7 @@ from transformers.utils import logging
 
 from ..adapter.quantized import sample
 from ..data.rows import Encoder
+from ..data.writing import whole_file
 from ..runtime.processes import check_alike, exchange, writes_cache
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,7 @@ _FORMAT = 7
 CACHE_SIZE = 20.0  # GB: two datasets' keys at all blocks of a model of 7 billion parameters, or moments of dozens
 _UNFINISHED = ".qf_cache-"  # a file that is being written, or was broken off
 _BROKEN_OFF = 24 * 3600  # seconds after which nobody writes it any more
+_OF_THE_FILES = ("transformers_version", "_name_or_path", "dtype")  # of a configuration: not the model
 _NAME = re.compile(r"(moments|preserved)-[0-9a-f]{32}\.safetensors")
 _found_whole: set[tuple[str, int, int]] = set()  # files, with time and size, whose sum was found right
 Made = TypeVar("Made")
@@ -96,9 +97,11 @@ def cached(
 
 
 def fingerprint(network: nn.Module) -> str:
-    """A hash by which a model's weights are recognised: its configuration and 64 values of every parameter."""
-    config = {k: v for k, v in network.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
-    digest = hashlib.sha256(json.dumps([config, getattr(network.config, "_commit_hash", None)], default=str).encode())
+    """A hash by which a model's weights are recognised: its configuration, and 64 values of every parameter. In what
+    dtype its files are does not count, only in what it runs."""
+    config = {k: v for k, v in network.config.to_dict().items() if k not in _OF_THE_FILES}
+    revision, dtype = getattr(network.config, "_commit_hash", None), network.get_input_embeddings().weight.dtype
+    digest = hashlib.sha256(json.dumps([config, revision, str(dtype)], default=str).encode())
     for path, module in network.named_modules():
         if "lora_" in path:
             continue
@@ -115,14 +118,8 @@ def _write(path: Path, identity: str, tensors: dict[str, Tensor], rest: dict[str
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = json.dumps({"identity": identity, "sum": _sum(tensors), **rest})
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"preserved": header})
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path, _UNFINISHED) as file:
+        save_file(tensors, file, metadata={"preserved": header})
 
 
 def _evict(folder: Path, size: float, written: Path) -> None:
