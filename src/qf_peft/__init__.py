@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .share.lora_export import export_lora, save_as_lora
     from .teaching.arguments import QFTrainingArguments
     from .teaching.own_loop import teach
+    from .teaching.preserved_statistics import PreservedStatistics
     from .teaching.trainer import QFTrainer
 
 # Where the names are, which are looked up when they are first used: torch and transformers take seconds to import.
@@ -61,6 +62,7 @@ _WHERE = {
         "share.lora_export": "export_lora save_as_lora",
         "teaching.arguments": "QFTrainingArguments",
         "teaching.own_loop": "teach",
+        "teaching.preserved_statistics": "PreservedStatistics",
         "teaching.trainer": "QFTrainer",
     }.items()
     for name in names.split()
@@ -70,6 +72,7 @@ __all__ = [
     "Attribution",
     "DocumentFacts",
     "Explanation",
+    "PreservedStatistics",
     "QFConfig",
     "QFModel",
     "QFTrainer",

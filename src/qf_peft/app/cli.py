@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_adapters, cli_doctor
+from . import cli_adapters, cli_doctor, cli_prepare
 from .cli_adapters import shown
 from .cli_common import (
     Adapter,
@@ -18,6 +18,7 @@ from .cli_common import (
     Length,
     Model,
     Result,
+    Statistics,
     Tiny,
     bar,
     bars,
@@ -85,6 +86,7 @@ def teach(
     layers: Annotated[str | None, typer.Option(help="Blocks to edit, such as 23 or 20-27; by default all.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's setting, on one block (--layers 23).")] = False,
     preserve: Annotated[str | None, typer.Option(help="A file or dataset of what the model must go on saying.")] = None,
+    statistics: Statistics = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of QFTrainingArguments.")
     ] = None,
@@ -123,7 +125,9 @@ def teach(
         rows += load_rows(source)
     changes = parse_settings(set_ or [])
     kept = load_records(preserve) if preserve is not None else None
-    session = open_session(model, adapter, tiny, changes, paper=paper, preserve=kept, layers=chosen)
+    session = open_session(
+        model, adapter, tiny, changes, paper=paper, preserve=kept, statistics=statistics, layers=chosen
+    )
     reports = {}
     if document or paraphrases:
         rows, reports = _written(session, rows, document or [], questions, paraphrases, passage_tokens)
@@ -140,7 +144,7 @@ def teach(
         next_step = f"edit it, then teach it: qf-peft teach {review} ..."
         return {**found, "review": str(review)}, f"{len(rows)} rows are in {review}; {next_step}"
     if dry_run:
-        return _planned(session, rows, kept, found)
+        return _planned(session, rows, found)
     metrics = session.teach(rows)
     saved = session.save(folder)
     result = f"taught {metrics['facts']:.0f} rows in {metrics['seconds']:.1f} s (rank {metrics['rank']:.0f})"
@@ -182,13 +186,12 @@ def _written(
     return rows, reports
 
 
-def _planned(session: Session, rows: list[dict[str, Any]], preserve: list[Any] | None, found: dict[str, Any]) -> Result:
+def _planned(session: Session, rows: list[dict[str, Any]], found: dict[str, Any]) -> Result:
     """What would be taught, without a lesson."""
-    from ..teaching.trainer import QFTrainer
+    from ..data.rows import read_rows
 
-    trainer = QFTrainer(session.model, session.args, rows, preserve, session.tokenizer)
-    plan = trainer.dry_run()
-    lines = [f"{shown(row.prompt)}  ->  {row.completion or '(the model answers)'}" for row in trainer.rows]
+    plan = session.dry_run(rows)
+    lines = [f"{shown(row.prompt)}  ->  {row.completion or '(the model answers)'}" for row in read_rows(rows)]
     lines += [f"{name.replace('_', ' ')}: {value}" for name, value in plan.items() if name != "modules"]
     lines += [f"modules: {len(plan['modules'])}", "nothing was changed"]
     return {**found, "plan": plan, "dry_run": rows}, "\n".join(lines)
@@ -323,6 +326,7 @@ def chat(
     model: Model = None,
     adapter: Adapter = None,
     tiny: Tiny = False,
+    statistics: Statistics = None,
     max_new_tokens: Length = 256,
     as_json: Annotated[bool, typer.Option(hidden=True)] = False,
     debug: Debug = False,
@@ -335,7 +339,7 @@ def chat(
     """
     from .chat import chat as talk
 
-    talk(open_session(model, adapter, tiny), max_new_tokens=max_new_tokens)
+    talk(open_session(model, adapter, tiny, statistics=statistics), max_new_tokens=max_new_tokens)
     return None, None
 
 
@@ -345,6 +349,7 @@ def demo(
     model: Model = None,
     adapter: Adapter = None,
     tiny: Tiny = False,
+    statistics: Statistics = None,
     host: Annotated[str, typer.Option(help="Where to listen; others than loopback let in everyone.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
     folder: Annotated[Path, typer.Option(help="Where adapters are saved.")] = Path(),
@@ -362,13 +367,13 @@ def demo(
     except ImportError as error:
         raise ImportError(f"the page needs more libraries ({error}): pip install 'qf-peft[demo]'") from error
 
-    serve(open_session(model, adapter, tiny), host=host, port=port, folder=folder)
+    serve(open_session(model, adapter, tiny, statistics=statistics), host=host, port=port, folder=folder)
     return None, None
 
 
 for _run in (
     cli_adapters.merge, cli_adapters.export, cli_adapters.push, cli_adapters.diff, cli_adapters.explain,
-    cli_adapters.info, cli_doctor.doctor,
+    cli_adapters.info, cli_doctor.doctor, cli_prepare.prepare,
 ):  # fmt: skip
     app.command()(_run)
 

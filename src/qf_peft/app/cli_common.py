@@ -30,6 +30,9 @@ Model = Annotated[
 Adapter = Annotated[str | None, typer.Option(help="A QF adapter: a folder or Hub id.")]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="A QF adapter: a folder or Hub id.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="The tiny model that comes with the package; offline.")]
+Statistics = Annotated[
+    str | None, typer.Option(help="What `qf-peft prepare -o` saved of this model: a folder or Hub id.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 Length = Annotated[int, typer.Option(min=1, help="How many tokens an answer may have.")]
@@ -152,6 +155,7 @@ def open_session(
     *,
     paper: bool = False,
     preserve: list[Any] | None = None,
+    statistics: str | None = None,
     layers: list[int] | None = None,
     as_stored: bool = False,
 ) -> Session:
@@ -161,7 +165,7 @@ def open_session(
         model, adapter, tiny: which model.
         changes: of the settings; the others are those that the adapter was taught with, or the defaults.
         paper: the paper's setting instead.
-        preserve: what the model must go on saying.
+        preserve, statistics: what the model must go on saying, or a folder or Hub id of what was measured of that.
         layers: the blocks of a new adapter; by default all.
         as_stored: whether the model is in the dtype of its files, to write weights, and not in the one that runs best.
 
@@ -173,6 +177,8 @@ def open_session(
         raise typer.BadParameter("give --model or --tiny, not both")
     if not tiny and model is None and adapter is None:
         raise typer.BadParameter("give --model, an adapter that names its base model, or --tiny")
+    if preserve is not None and statistics is not None:
+        raise typer.BadParameter("give --preserve or --statistics, not both")
     if layers is not None and adapter is not None:
         raise typer.BadParameter("--layers is of new adapters; the one given by --adapter has its own")
     check_there(adapter)
@@ -198,6 +204,10 @@ def open_session(
         given = {}
     make = QFTrainingArguments.paper if paper else QFTrainingArguments
     args = make(**{**given, "disable_tqdm": not on_screen(), **(changes or {})})
+    if statistics is not None:
+        from ..teaching.preserved_statistics import PreservedStatistics
+
+        preserve = PreservedStatistics.from_pretrained(statistics)
     return Session(network, session.tokenizer, args, preserve)
 
 

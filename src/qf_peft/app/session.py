@@ -22,6 +22,7 @@ from ..evaluate.metrics import Metric
 from ..forward.generation import generate, stream
 from ..share.hub import push_to_hub
 from ..teaching.arguments import QFTrainingArguments
+from ..teaching.preserved_statistics import PreservedStatistics
 from ..teaching.trainer import QFTrainer
 from .base_model import hub_options, load_base
 from .tiny import TINY_MODEL
@@ -41,7 +42,8 @@ class Session:
             (`QFConfig(task_type="CAUSAL_LM")`). It is put into evaluation mode.
         tokenizer: the model's.
         args ([`QFTrainingArguments`], *optional*): how it is taught.
-        preserve_dataset (list or `datasets.Dataset`, *optional*): what the model must go on saying, see [`QFTrainer`].
+        preserve_dataset (list, `datasets.Dataset` or `PreservedStatistics`, *optional*): what the model must go on
+            saying, see [`QFTrainer`].
 
     Raises:
         ValueError: the model or tokenizer cannot be taught; the message says what to change.
@@ -60,11 +62,12 @@ class Session:
         model: PeftModel | PreTrainedModel,
         tokenizer: Any,
         args: QFTrainingArguments | None = None,
-        preserve_dataset: Iterable[Any] | None = None,
+        preserve_dataset: Iterable[Any] | PreservedStatistics | None = None,
     ) -> None:
         if isinstance(model, PreTrainedModel):
             model = get_peft_model(model, QFConfig(task_type="CAUSAL_LM"))
-        self._preserve = list(preserve_dataset) if preserve_dataset is not None else None
+        given = preserve_dataset is None or isinstance(preserve_dataset, PreservedStatistics)
+        self._preserve = preserve_dataset if given else list(preserve_dataset)
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.trainer = self._trainer()
         """Of the adapter, without rows: `trainer.prepare()`, `trainer.consolidate()`."""
@@ -80,7 +83,7 @@ class Session:
         adapter: str | Path | None = None,
         *,
         args: QFTrainingArguments | None = None,
-        preserve_dataset: Iterable[Any] | None = None,
+        preserve_dataset: Iterable[Any] | PreservedStatistics | None = None,
         **from_pretrained: Any,
     ) -> Session:
         """Load a model and its tokenizer, and perhaps an adapter, which may then be taught on.
@@ -200,6 +203,12 @@ class Session:
         trainer = self._trainer([given] if rows is None else rows)
         with self._in_use:
             return trainer.train()
+
+    def dry_run(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """What teaching rows would take, see [`QFTrainer.dry_run`]."""
+        trainer = self._trainer(rows)
+        with self._in_use:
+            return trainer.dry_run()
 
     def forget(self, which: str | Iterable[str] | Callable[[Entry], bool]) -> dict[str, float]:
         """Take back what was taught: an id or several of `facts`, or a function of an entry; see [`QFTrainer.forget`].

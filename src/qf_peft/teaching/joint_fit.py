@@ -12,7 +12,7 @@ from ..forward.unembedding import Unembedding
 from ..forward.walk import Walk
 from . import constants as tuned
 from .held_out import HeldOutChats, Strays
-from .targets import pushed
+from .targets import leads, pushed
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class JointFit:
     """Solves for a change of the stream at the taught steps, by a ridge, and puts the solution into the adapter."""
     margin: Tensor
     """(n): by how many nats the gold tokens shall lead: what is needed, and more where answers shall begin so."""
+    stream: Tensor
+    """(n, d): where the stream ended before."""
     passed: float = 1.0
     """How much of a write reaches the end, in nats."""
 
@@ -52,6 +54,11 @@ class JointFit:
     def moving(self) -> Tensor:
         """(n): the taught positions where something is missing."""
         return self.steps.taught & (self.steps.margins < self.margin - 1e-3)
+
+    @property
+    def wanted(self) -> Tensor:
+        """(n, d): the change of the stream by which the gold tokens lead so."""
+        return pushed(self.unembedding, self.stream, self.steps.gold, self.margin)[0] - self.stream
 
     def lowered(self, wanted: Tensor, margin: Tensor) -> Tensor:
         """Lower the margin: what is left of a wanted change of the stream (n, d)."""
@@ -82,10 +89,10 @@ class JointFit:
             wanted = wanted + more
         return wanted
 
-    def without_strays(self, strays: Strays, wanted: Tensor, allowed: float) -> tuple[Tensor, float]:
+    def without_strays(self, strays: Strays, allowed: float) -> tuple[Tensor, float]:
         """Fit, and lower the surplus until no more than `allowed` of the contrasting rows that are held out are given
         taught answers: the change of the stream (n, d) that is solved for, and the share of those rows that are."""
-        wanted = self.fitted(wanted, tuned.RIDGE, tuned.PASSES)
+        wanted = self.fitted(self.wanted, tuned.RIDGE, tuned.PASSES)
         share = strays.share()
         shrinks = 0
         while share > allowed and shrinks < tuned.SURPLUS_SHRINKS:
@@ -98,17 +105,36 @@ class JointFit:
         return wanted, share
 
     def within_budget(self, chats: HeldOutChats, wanted: Tensor, allowed: float) -> tuple[Tensor, float, Tensor]:
-        """Raise the ridge until the held-out chats diverge by no more than `allowed` nats: the change of the stream
-        (n, d) that is solved for at last, the ridge, and the divergence (positions) of what is installed then.
+        """Raise the ridge until the held-out chats diverge by no more than `allowed` nats, or lower it while they
+        diverge less and more is said by that: the change of the stream (n, d) that is solved for at last, the
+        ridge, and the divergence (positions) of what is installed then.
 
-        Each further ridge is fitted from the same start. So many corrections take a share of the change that falls with
+        Each higher ridge is fitted from the same start. So many corrections take a share of the change that falls with
         the ridge in every direction (iterated Tikhonov regularisation), and least where the keys tell little apart.
+        Lower ones are fitted from the beginning: what made up for the ridge before would be too much.
         """
-        ridge, start = tuned.RIDGE, wanted
+        ridge, start, kl = tuned.RIDGE, wanted, chats.divergence()
         for _ in range(tuned.RIDGE_TRIES):
-            kl = chats.divergence()
             if kl.mean() <= allowed:
-                return wanted, ridge, kl
+                break
             ridge *= min(max(float(kl.mean()) / allowed, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
-            wanted = self.fitted(start, ridge, tuned.PASSES_AGAIN, again=True)
-        return wanted, ridge, chats.divergence()
+            wanted, kl = self.fitted(start, ridge, tuned.PASSES_AGAIN, again=True), chats.divergence()
+        if ridge > tuned.RIDGE:
+            return wanted, ridge, kl
+        missing = self.missing()
+        while missing:
+            lower = ridge * tuned.RIDGE_LOWERED
+            other = self.fitted(self.wanted, lower, tuned.PASSES, again=True)
+            left, moved = self.missing(), chats.divergence()
+            if left >= missing or moved.mean() > allowed:
+                self.write(wanted[self.steps.taught], ridge)
+                break
+            wanted, ridge, kl, missing = other, lower, moved, left
+        return wanted, ridge, kl
+
+    def missing(self) -> int:
+        """How many tokens of the rows' own answers are not the likeliest now."""
+        own, taught = self.steps.own, self.steps.taught
+        stream = self.walk.look(len(self.walk.blocks) - 1, {"stream": self.end})["stream"]
+        margins = leads(self.unembedding, stream[own], self.steps.gold[own])
+        return int((margins < 0)[taught[own]].sum())

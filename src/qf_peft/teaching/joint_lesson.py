@@ -33,7 +33,7 @@ from .held_out import HeldOutChats, Strays
 from .joint_fit import JointFit, Steps
 from .lesson import Learner, Lesson
 from .preserved_moments import PreservedMoments
-from .targets import Readout, leads, pushed, read_off
+from .targets import Readout, leads, read_off
 from .thinned import asked_as, thinned
 
 
@@ -124,10 +124,9 @@ class JointLesson(Lesson):
         def write(wanted: Tensor, ridge: float) -> None:
             self._write(system, wanted, ridge, present)
 
-        fit = JointFit(walk, self.ends["stream"], unembedding, steps, write, margin)
-        aimed, _ = pushed(unembedding, found["stream"], steps.gold, margin)
+        fit = JointFit(walk, self.ends["stream"], unembedding, steps, write, margin, found["stream"])
         stray = tuned.STRAYS * max(1.0, self.own / tuned.STRAYS_FACTS) ** tuned.STRAYS_POWER
-        wanted, strayed = fit.without_strays(strays, aimed - found["stream"], stray)
+        wanted, strayed = fit.without_strays(strays, stray)
         wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(state.facts + self.own))
 
         self._bind(state, bound, {name: found[name][steps.taught] for name in chosen}, system, ridge)
@@ -298,7 +297,7 @@ class JointLesson(Lesson):
             bound = state.bound[name].copy()
         else:
             bound = self.moments.moments[name].copy()
-            bound.ridge = tuned.MOMENT_RIDGE * bound.trace / bound.width
+            bound.ridge += tuned.MOMENT_RIDGE * (bound.trace / bound.width + bound.ridge)
         strength = self.args.preserve_strength
         if name not in state.bound and strength != 1.0:
             bound.scale(strength)

@@ -22,6 +22,7 @@ from .module_sweeps import ModuleSweeps
 from .preserved_chats import Chat
 from .preserved_keys import Preserved
 from .preserved_moments import PreservedMoments, preserved_moments
+from .preserved_statistics import PreservedStatistics
 from .preserved_walk import preserved_and_contrasting
 from .standing import split_lessons
 
@@ -34,11 +35,17 @@ class Lessons:
     Args:
         subject: whose adapter.
         args: the settings.
-        chats: the chats to preserve; None: the model's own.
+        chats: the chats to preserve, or what was measured of some; None: the model's own.
         progress: advanced by the rows.
     """
 
-    def __init__(self, subject: Subject, args: QFTrainingArguments, chats: list[Chat] | None, progress: tqdm) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        args: QFTrainingArguments,
+        chats: list[Chat] | PreservedStatistics | None,
+        progress: tqdm,
+    ) -> None:
         self.subject, self.args, self.chats, self.progress = subject, args, chats, progress
         self.tuner, self.adapter, self.encoder = subject.tuner, subject.adapter_name, subject.encoder
         self.learner = Learner(self.tuner, self.adapter, subject.network, self.encoder)
@@ -149,13 +156,31 @@ class Lessons:
         names, depth = list(self.tuner.adapter_layers(self.adapter)), len(find_blocks(self.subject.network)[1])
         layers = self.tuner.adapter_layers(self.adapter)
         late = {name: layers[name] for name in writers_late(names, self.tuner.writers, depth)}
+        network, options = self.subject.network, self.subject.pass_options
         with self.tuner.without_adapters():
-            return preserved_moments(
-                self.subject.network, self.encoder, late, self.chats, self.args, self.progress.update
-            )
+            if isinstance(self.chats, PreservedStatistics):
+                return self.chats.of(network, self.encoder, late, **options)
+            return preserved_moments(network, self.encoder, late, self.chats, self.args, self.progress.update)
+
+    def statistics(self) -> PreservedStatistics:
+        """The same, to be saved."""
+        if isinstance(self.chats, PreservedStatistics):
+            return self.chats
+        moments, network, options = self.moments(), self.subject.network, self.subject.pass_options
+        with self.tuner.without_adapters():
+            return PreservedStatistics.measure(moments, network, self.encoder, **options)
 
     def preserved(self, rows: int) -> tuple[Preserved | None, Preserved | None]:
-        """The preserved and the contrast chats of a lesson of so many rows, module by module."""
+        """The preserved and the contrast chats of a lesson of so many rows, module by module.
+
+        Raises:
+            ValueError: only what was measured of chats is given.
+        """
+        if isinstance(self.chats, PreservedStatistics):
+            raise ValueError(
+                "preserve_dataset holds statistics, which serve joint lessons alone: pretrained models', with the "
+                "default target and modules that write into the stream; give chats, or leave it out"
+            )
         known = len(self.subject.facts)
         return preserved_and_contrasting(self.learner, self.chats, self.args, rows, known, self.progress.update)
 

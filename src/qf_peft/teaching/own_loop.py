@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from .arguments import QFTrainingArguments
+from .preserved_statistics import PreservedStatistics
 from .trainer import QFTrainer
 
 
@@ -16,7 +17,7 @@ def teach(
     dataset: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     *,
-    preserve_dataset: Iterable[Any] | None = None,
+    preserve_dataset: Iterable[Any] | PreservedStatistics | None = None,
     **settings: Any,
 ) -> dict[str, float]:
     """

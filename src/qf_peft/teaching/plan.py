@@ -13,6 +13,7 @@ from .generic_prompts import BRIEF
 from .joint_lesson import passes_of, writers_late
 from .lessons import Lessons
 from .preserved_moments import general_chats, own_chats
+from .preserved_statistics import PreservedStatistics
 from .preserved_walk import contrast_count
 
 
@@ -38,7 +39,8 @@ def plan(subject: Subject, lessons: Lessons) -> dict[str, Any]:
     between = (blocks[-1] - blocks[0]) / depth
     passes = 2 + (2 + args.spread) * between + (1 - blocks[-1] / depth)
     preserves = args.preserve_strength > 0
-    given = len(lessons.chats) if lessons.chats is not None else 0
+    chosen = lessons.chats
+    given = len(chosen.measured.held_out) if isinstance(chosen, PreservedStatistics) else len(chosen or [])
     holds_out = preserves and (lessons.chats is None or given >= HELD_OUT)  # chats by which a lesson may be tried again
     most = passes * args.sweeps * (STRENGTH_TRIES if holds_out else 1)
     contrasting = preserves and contrast_count(len(subject.rows), len(facts), args.contrast_chats)

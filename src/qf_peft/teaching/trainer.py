@@ -33,6 +33,7 @@ from .callbacks import Callbacks
 from .lessons import Lessons
 from .plan import plan
 from .preserved_chats import read_preserve_dataset
+from .preserved_statistics import PreservedStatistics
 
 
 class QFTrainer(Subject):
@@ -59,10 +60,12 @@ class QFTrainer(Subject):
 
             or with `messages`: the system message is the instruction, the last assistant message the completion, what
             stands between them the prompt. Other columns are ignored.
-        preserve_dataset (list or `datasets.Dataset`, *optional*): what the model must go on saying: prompts (strings),
-            or rows with `prompt` or `messages` (with the answer, or the model's own is taken), or plain `text`. Chats
-            of the kind that the model will be used for serve best; a few hundred are enough. Without it the model
-            writes chats itself. Their keys are measured once a model and cached on disk.
+        preserve_dataset (list, `datasets.Dataset` or [`PreservedStatistics`], *optional*): what the model must go on
+            saying: prompts (strings), or rows with `prompt` or `messages` (with the answer, or the model's own is
+            taken), or plain `text`. Chats of the kind that the model will be used for serve best; a few hundred are
+            enough. Without it the model
+            writes chats itself. Their keys are measured once a model and cached on disk; or, of a pretrained model,
+            given here as [`PreservedStatistics`], which somebody saved.
         processing_class: the model's tokenizer (or a processor that has one). With a chat template rows are put in it;
             without one they are joined as plain text.
         eval_dataset (list of dicts or `datasets.Dataset`, *optional*): the rows that `evaluate()` asks for, in place of
@@ -86,7 +89,7 @@ class QFTrainer(Subject):
         model: PeftModel,
         args: QFTrainingArguments | None = None,
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
-        preserve_dataset: Iterable[Any] | None = None,
+        preserve_dataset: Iterable[Any] | PreservedStatistics | None = None,
         processing_class: Any = None,
         eval_dataset: Iterable[Mapping[str, Any]] | None = None,
         callbacks: Iterable[TrainerCallback | type[TrainerCallback]] | None = None,
@@ -101,7 +104,9 @@ class QFTrainer(Subject):
             raise ValueError("processing_class is missing; give the model's tokenizer")
         self.dataset, self.rows = _read(train_dataset)
         self.eval_dataset, self._eval_rows = _read(eval_dataset)
-        self.chats = read_preserve_dataset(preserve_dataset) if preserve_dataset is not None else None
+        self.chats = preserve_dataset
+        if preserve_dataset is not None and not isinstance(preserve_dataset, PreservedStatistics):
+            self.chats = read_preserve_dataset(preserve_dataset)
         positions = getattr(text_config(self.network), "max_position_embeddings", None)
         self.encoder = Encoder(processing_class, max_length=positions)
         self.metrics: dict[str, float] = {}
@@ -221,17 +226,20 @@ class QFTrainer(Subject):
             self.tuner.restore(self.adapter_name, versions.pop())
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self) -> PreservedStatistics | None:
         """Make and cache ahead what does not depend on the facts: the preserved chats' keys and the model's own chats.
 
         `train()` does it where it has not been done. It is the slow part the first time a model is taught.
+
+        Returns:
+            Where lessons are solved jointly, as on pretrained models, what may be saved for other machines; else None.
         """
         with all_or_none(), self._ready() as progress:
             lessons = self._lessons(progress)
             if lessons.joint([]):
-                lessons.moments()
-            else:
-                lessons.preserved(len(self.rows))
+                return lessons.statistics()
+            lessons.preserved(len(self.rows))
+        return None
 
     @torch.no_grad()
     def evaluate(
@@ -348,7 +356,7 @@ class QFTrainer(Subject):
                     "args": self.args.to_dict(),
                     "train_dataset": [vars(row) for row in self.rows],
                     "eval_dataset": [vars(row) for row in self._eval_rows],
-                    "preserve_dataset": [vars(chat) for chat in self.chats or []],
+                    "preserve_dataset": str(self.chats),
                 }
             )
             with evaluating(self.network), self.progress() as progress:
