@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments, Session, interference, merge_taught
 from qf_peft.app.cli import app
-from qf_peft.solve.joint_least_squares import JointSystem
+from qf_peft.solve.joint_least_squares import joint_system
 from qf_peft.solve.least_squares import minimum_norm, preserving
 from qf_peft.solve.second_moment import SecondMoment
 
@@ -258,7 +258,7 @@ def test_tf32_does_not_reach_the_solves(switched_on_by):
             minimum_norm(keys, residual)
             preserving(keys, residual, moment, 1.0, 0.1)
             moment.ridge = 0.1
-            JointSystem({"a": keys}, lambda name: moment, torch.ones(9)).changes(residual, 0.1)
+            joint_system({"a": keys}, lambda name: moment, torch.ones(9)).changes(residual, 0.1)
             moment.compact(4)
         assert mode.seen == {"ieee"} and matmul.fp32_precision == "tf32"
         assert switched_on_by == "fp32_precision" or matmul.allow_tf32

@@ -7,7 +7,7 @@ import torch
 from conftest import FACT, OTHER, random_model
 
 from qf_peft.data.rows import Encoder, read_rows
-from qf_peft.solve.joint_least_squares import JointSystem
+from qf_peft.solve.joint_least_squares import joint_system
 from qf_peft.solve.second_moment import SecondMoment
 from qf_peft.teaching.contrast import contrast_rows, invented, row_names
 from qf_peft.teaching.thinned import thinned
@@ -23,11 +23,12 @@ def problem(n=7, widths=(5, 20), out=4, preserved=12, seed=0):
     return keys, bounds, torch.rand(n, generator=generator) + 0.5, torch.randn(n, out, generator=generator)
 
 
-@pytest.mark.parametrize("n", [3, 7])
+@pytest.mark.parametrize("n", [3, 7, 25, 26, 60])
 def test_the_minimum(n):
-    """Normal equations of the modules' keys side by side, with their moments on the diagonal."""
+    """Normal equations of the modules' keys side by side, with their moments on the diagonal; of more tokens than the
+    keys are wide, too."""
     keys, bounds, weights, residual = problem(n)
-    system = JointSystem(keys, bounds.__getitem__, weights)
+    system = joint_system(keys, bounds.__getitem__, weights)
     found = system.changes(residual, 0.3)
     rho = system.ridge(0.3)
     wide = torch.cat(list(keys.values()), 1).double()
@@ -41,9 +42,16 @@ def test_the_minimum(n):
     assert torch.allclose(dense, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [7, 60])
+def test_ridges_are_multiples_of_the_kernels_mean_diagonal(n):
+    keys, bounds, weights, _ = problem(n)
+    kernel = sum(rows.double() @ bounds[name].solve(rows).T for name, rows in keys.items())
+    assert joint_system(keys, bounds.__getitem__, weights).ridge(0.3) == pytest.approx(0.3 * kernel.diagonal().mean())
+
+
 def test_more_ridge_moves_less():
     keys, bounds, weights, residual = problem()
-    system = JointSystem(keys, bounds.__getitem__, weights)
+    system = joint_system(keys, bounds.__getitem__, weights)
     norms = [sum(d.norm**2 for d in system.changes(residual, ridge).values()) for ridge in (0.01, 0.1, 1.0, 10.0)]
     assert norms == sorted(norms, reverse=True)
 

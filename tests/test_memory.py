@@ -16,7 +16,7 @@ import qf_peft.adapter.versions as versions_module
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.adapter.statistics_file import STATISTICS_NAME, read_statistics
 from qf_peft.adapter.versions import in_file
-from qf_peft.solve.joint_least_squares import JointSystem
+from qf_peft.solve.joint_least_squares import joint_system
 from qf_peft.solve.second_moment import SecondMoment, from_triangle, triangle
 
 LAYERS = [6, 7]
@@ -128,7 +128,7 @@ def test_of_the_moments_only_one_is_held():
         alive.append(weakref.ref(moment))
         return moment
 
-    JointSystem({name: torch.randn(5, 8) for name in "abc"}, bound, torch.ones(5))
+    joint_system({name: torch.randn(5, 8) for name in "abc"}, bound, torch.ones(5))
     assert len(alive) == 3
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import qf_peft.teaching.lessons as lessons_module
-from qf_peft import Attribution, QFConfig, QFTrainer, QFTrainingArguments, Session
+from qf_peft import Attribution, PreservedStatistics, QFConfig, QFTrainer, QFTrainingArguments, Session
 from qf_peft.app.cli import app
 from qf_peft.teaching.generic_prompts import FACTUAL, OPEN, PLAIN
 
@@ -87,6 +87,19 @@ def test_ten_facts(fresh, words, cache, tmp_path):
     probe.model = PeftModel.from_pretrained(fresh(), tmp_path).eval()
     again = probe.ask([row["prompt"] for row in rows])
     assert sum(english.contains(a, row["object"]) for a, row in zip(again, rows, strict=True)) >= 9
+
+
+def test_beside_saved_statistics(fresh, words, cache, tmp_path):
+    """What is preserved, from a file that somebody else made: nothing is prepared, and the fact is said."""
+    rows = english.facts(1, seed=1)
+    file = made(fresh(), words, cache, None, FEW).prepare().save_pretrained(tmp_path)
+    assert file.stat().st_size < 6e6
+    trainer = made(fresh(), words, tmp_path / "no cache", rows, PreservedStatistics.from_pretrained(tmp_path))
+    metrics = trainer.train()
+    assert metrics["unsaid"] == 0 and metrics["kl_preserved"] <= 0.1
+    session = Session(trainer.model, words)
+    assert english.contains(session.ask(rows[0]["prompt"], max_new_tokens=40), rows[0]["object"])
+    assert not (tmp_path / "no cache").exists()
 
 
 def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):

@@ -154,6 +154,13 @@ class SecondMoment:
         inner = torch.cholesky_solve(root @ rows.T, torch.linalg.cholesky(small))
         return (rows - inner.T @ root) / self.ridge
 
+    def dense(self) -> Tensor:
+        """C + ridge I: (d_in, d_in) float64."""
+        root = None if self.matrix is not None else wide(self.root)
+        whole = wide(self.matrix).clone() if root is None else root.T @ root
+        whole.diagonal().add_(self.ridge)
+        return whole
+
     @property
     def trace(self) -> float:
         """tr C: the keys' weighted squared norms, summed."""

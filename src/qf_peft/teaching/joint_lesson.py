@@ -23,7 +23,7 @@ from ..forward.residual_stream import Writer, grows_with_depth
 from ..forward.scratch import Scratch
 from ..forward.unembedding import Unembedding
 from ..forward.walk import Walk
-from ..solve.joint_least_squares import JointSystem
+from ..solve.joint_least_squares import JointSystem, joint_system
 from ..solve.least_squares import LowRankDelta
 from ..solve.second_moment import SecondMoment
 from . import constants as tuned
@@ -189,7 +189,7 @@ class JointLesson(Lesson):
         device, near = found["stream"].device, self._near(chosen, rows)
         bound = partial(self._bound, state=state, near=near, device=device)
         significance = self.weights.to(device)[steps.taught]
-        system = JointSystem({name: found[name][steps.taught] for name in chosen}, bound, significance)
+        system = joint_system({name: found[name][steps.taught] for name in chosen}, bound, significance)
         present = {
             name: (state.delta[name] if name in state.delta else self.tuner.delta(self.adapter, name)).to(device)
             for name in chosen
