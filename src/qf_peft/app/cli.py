@@ -17,7 +17,9 @@ from .cli_common import (
     Json,
     Length,
     Model,
+    Preserve,
     Result,
+    Settings,
     Statistics,
     Tiny,
     bar,
@@ -85,11 +87,9 @@ def teach(
     tiny: Tiny = False,
     layers: Annotated[str | None, typer.Option(help="Blocks to edit, such as 23 or 20-27; by default all.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's setting, on one block (--layers 23).")] = False,
-    preserve: Annotated[str | None, typer.Option(help="A file or dataset of what the model must go on saying.")] = None,
+    preserve: Preserve = None,
     statistics: Statistics = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of QFTrainingArguments.")
-    ] = None,
+    set_: Settings = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Result:

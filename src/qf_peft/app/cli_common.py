@@ -30,6 +30,11 @@ Model = Annotated[
 Adapter = Annotated[str | None, typer.Option(help="A QF adapter: a folder or Hub id.")]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="A QF adapter: a folder or Hub id.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="The tiny model that comes with the package; offline.")]
+Preserve = Annotated[str | None, typer.Option(help="A file or dataset of what the model must go on saying.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any setting of QFTrainingArguments."),
+]
 Statistics = Annotated[
     str | None, typer.Option(help="What `qf-peft prepare -o` saved of this model: a folder or Hub id.")
 ]

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import Debug, Json, Model, Result, Tiny, command, note, open_session, parse_settings
+from .cli_common import (
+    Debug,
+    Json,
+    Model,
+    Preserve,
+    Result,
+    Settings,
+    Tiny,
+    command,
+    note,
+    open_session,
+    parse_settings,
+)
 
 
 @command
@@ -18,11 +30,9 @@ def prepare(
         Path | None,
         typer.Option("--output", "-o", help="Save what was measured there too (pretrained models)."),
     ] = None,
-    preserve: Annotated[str | None, typer.Option(help="A file or dataset of what the model must go on saying.")] = None,
+    preserve: Preserve = None,
     tiny: Tiny = False,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of QFTrainingArguments.")
-    ] = None,
+    set_: Settings = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Result:

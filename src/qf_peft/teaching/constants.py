@@ -1,4 +1,4 @@
-"""What lessons were tuned by: every constant with its origin. What a user may want to set is in `training_args.py`."""
+"""What lessons were tuned by: every constant with its origin. What a user may want to set is in `arguments.py`."""
 
 # The joint lesson, on SmolLM2-135M-Instruct: ten and fifty facts of relations and seeds that are not among those
 # reported.
