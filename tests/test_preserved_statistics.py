@@ -157,6 +157,8 @@ def test_wrong_places(make, saved, tmp_path):
     statistics = PreservedStatistics.from_pretrained(saved)
     with pytest.raises(OSError, match=NAME):
         PreservedStatistics.from_pretrained(tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match="nothing: it is neither a folder nor an id on the Hub"):
+        PreservedStatistics.from_pretrained(tmp_path / "nothing")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file is a file; give a folder"):
         statistics.save_pretrained(tmp_path / "file")

@@ -12,6 +12,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -147,7 +149,15 @@ class PreservedStatistics:
             OSError: there is no such folder or repository, or it has no such file.
             ValueError: the file is damaged, or of another version.
         """
-        path = cached_file(os.fspath(name), PRESERVED_NAME, **hub)
+        name = os.fspath(name)
+        try:
+            if not Path(name).is_dir():
+                validate_repo_id(name)
+        except HFValidationError as error:
+            raise FileNotFoundError(
+                f"no preserved statistics {name}: it is neither a folder nor an id on the Hub; `prepare()` makes them"
+            ) from error
+        path = cached_file(name, PRESERVED_NAME, **hub)
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["qf_preserved"])
