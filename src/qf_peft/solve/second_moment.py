@@ -156,8 +156,7 @@ class SecondMoment:
 
     def dense(self) -> Tensor:
         """C + ridge I: (d_in, d_in) float64."""
-        root = None if self.matrix is not None else wide(self.root)
-        whole = wide(self.matrix).clone() if root is None else root.T @ root
+        whole = wide(self.matrix).clone() if self.matrix is not None else wide(self.root).T @ wide(self.root)
         whole.diagonal().add_(self.ridge)
         return whole
 

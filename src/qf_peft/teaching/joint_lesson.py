@@ -128,6 +128,7 @@ class JointLesson(Lesson):
         stray = tuned.STRAYS * max(1.0, self.own / tuned.STRAYS_FACTS) ** tuned.STRAYS_POWER
         wanted, strayed = fit.without_strays(strays, stray)
         wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(state.facts + self.own))
+        strayed = strayed if ridge == tuned.RIDGE else strays.share()
 
         self._bind(state, bound, {name: found[name][steps.taught] for name in chosen}, system, ridge)
         state.delta.update(self._write(system, wanted[steps.taught], ridge, present, last=True))
