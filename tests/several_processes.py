@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qf_peft.teaching.targets
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.runtime.processes import ProcessFailed, rank, start, world_size
+from qf_peft.teaching import joint_lesson
 
 import world  # isort: skip (conftest says where it is)
 
@@ -119,6 +120,18 @@ def standing(folder):
     rows = [{"instruction": "Answer in one word.", "prompt": prompt} for prompt in KEPT[:5]]
     metrics = session.trainer([*rows, FACT], KEPT).train()
     return {"metrics": [metrics], "states": [session.state()]}
+
+
+def joint(folder):
+    """As pretrained models are taught, whose stream grows with depth: chats measured while they are answered."""
+    grows, joint_lesson.grows_with_depth = joint_lesson.grows_with_depth, lambda network: True
+    try:
+        session = Session([6, 7], batch_tokens=SMALL, cache_dir=folder / f"cache-{world_size()}")
+        chats = [*KEPT, {"text": "Rome is old, and Oslo is far."}, {"prompt": "Who are you?", "completion": "Zanmi."}]
+        metrics = session.trainer([FACT, OTHER], chats).train()
+        return {"metrics": [metrics], "states": [session.state()]}
+    finally:
+        joint_lesson.grows_with_depth = grows
 
 
 def short(folder):

@@ -15,7 +15,7 @@ from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 CHATS = {"preserve_chats": 24, "contrast_chats": 60}  # few, for the tests' sake
 
 
-def base(dtype=torch.bfloat16):
+def base(dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, attn_implementation="eager")
 
 

@@ -35,8 +35,8 @@ def results(folder, scenario, count):
     return [torch.load(folder / f"{scenario}-{i}.pt", weights_only=False) for i in range(count)]
 
 
-def check_alike(one, several):
-    """One process's outcome of a scenario, and that of each of several."""
+def check_alike(one, several, near=1e-5):
+    """One process's outcome of a scenario, and that of each of several; `near` for sums in another order."""
     for found in several:
         for name in one.keys() - {"metrics", "states"}:
             assert found[name] == one[name], name
@@ -45,21 +45,22 @@ def check_alike(one, several):
                 {k: v for k, v in theirs.items() if k != "seconds"}, rel=1e-4, abs=1e-6
             )
         for mine, theirs, first in zip(one["states"], found["states"], several[0]["states"], strict=True):
-            assert (mine["logits"] - theirs["logits"]).norm() <= 1e-5 * mine["logits"].norm()
+            assert (mine["logits"] - theirs["logits"]).norm() <= near * mine["logits"].norm()
             for name, change in mine["changes"].items():
-                assert change.norm() > 1 and (change - theirs["changes"][name]).norm() <= 1e-5 * change.norm(), name
+                assert change.norm() > 1 and (change - theirs["changes"][name]).norm() <= near * change.norm(), name
                 pairs = zip(first["factors"][name], theirs["factors"][name], strict=True)
                 assert all(torch.equal(a, b) for a, b in pairs), "not the same bits in all processes"
 
 
 def test_two_processes_by_accelerate(tmp_path):
     """Preserved and contrasting chats, an unread row, a rehearsal, standing instructions, questions."""
-    scenarios = ("default", "standing", "short")
+    scenarios = ("default", "joint", "standing", "short")
     ran = launch(ACCELERATE, tmp_path, *scenarios)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stderr.count("rows are not read in context") == 3, "the main process alone warns"
     for scenario in scenarios:
-        check_alike(getattr(several_processes, scenario)(tmp_path), results(tmp_path, scenario, 2))
+        near = 1e-4 if scenario == "joint" else 1e-5  # the processes' moments are added up
+        check_alike(getattr(several_processes, scenario)(tmp_path), results(tmp_path, scenario, 2), near)
 
 
 def test_four_processes_by_torchrun(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.processes import dealt, join
-from .prefix import Group, empty_cache, repeated, shared
+from .prefix import Group, empty_cache, prefill, repeated, shared
 from .scratch import Scratch
 
 
@@ -245,9 +245,8 @@ def _prefill(model: nn.Module, prefix: Sequence[int], points: Mapping[str, Point
     cache = empty_cache(model)
     if cache is None:
         return None
-    batch = _nothing(prefix, device)
-    with capture(points, batch, {}, stop=bool(points)):
-        model.get_decoder()(input_ids=batch.input_ids, past_key_values=cache, use_cache=True)
+    with capture(points, _nothing(prefix, device), {}, stop=bool(points)):
+        prefill(model, prefix, cache)
     return cache
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
@@ -55,6 +56,12 @@ def empty_cache(model: nn.Module) -> Cache | None:
     if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
         return None
     return DynamicCache(config=model.config)
+
+
+def prefill(model: nn.Module, prefix: Sequence[int], cache: Cache) -> None:
+    """Run a prefix, whose keys and values of attention are left in the cache."""
+    ids = torch.tensor([list(prefix)], device=model.get_input_embeddings().weight.device)
+    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
 
 
 def repeated(cache: Cache, times: int) -> Cache:

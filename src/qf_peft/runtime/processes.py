@@ -98,6 +98,12 @@ def join(tensors: Mapping[str, Tensor], own: Sequence[Tensor]) -> None:
                 tensor[place] = part
 
 
+def each_ones(tensor: Tensor) -> Iterator[Tensor]:
+    """Every process's tensor (n, …), in order; they may differ in n."""
+    for source, size in enumerate(exchange(len(tensor))):
+        yield _sent(tensor, source, size) if world_size() > 1 else tensor
+
+
 def from_main(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The main process's tensors; those given by the others may differ in length."""
     if world_size() == 1:

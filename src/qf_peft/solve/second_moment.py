@@ -40,6 +40,14 @@ class SecondMoment:
         self.root = torch.zeros(0, width)
         self.matrix = None
 
+    @classmethod
+    def of(cls, tensor: Tensor, *, rows: bool = False, count: int = 0) -> SecondMoment:
+        """The moment C given (d_in, d_in), or with `rows` its root K (m, d_in); of so many keys."""
+        made = cls(tensor.shape[1])
+        made.root, made.matrix = (tensor, None) if rows else (None, tensor)
+        made.count = count
+        return made
+
     def update(self, keys: Tensor, weights: Tensor | float = 1.0) -> SecondMoment:
         """Add keys (n, d_in) with weights (n) ≥ 0, or one weight for all. Returns itself.
 

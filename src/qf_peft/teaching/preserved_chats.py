@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..data.rows import Encoder, Row, Text, read_messages
 from ..forward.generation import generate
+from ..forward.recording import Recorded, Recorder
+from ..runtime.processes import exchange
 from .constants import ANSWER_TOKENS
 from .generic_prompts import FACTUAL, OPEN
 
@@ -98,6 +100,22 @@ def write_chats(
     return made
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A chat as token ids."""
+
+    chat: int
+    """Its place among those given."""
+    ids: list[int]
+    """Prompt and answer."""
+    positions: int
+    """How many of the last steps are the answer's (all of plain text's)."""
+    prompt: Text | None
+    """None where it is plain text."""
+    recorded: bool = False
+    """Whether some process recorded it as it was written."""
+
+
 def answered_chats(
     network: nn.Module,
     encoder: Encoder,
@@ -105,42 +123,52 @@ def answered_chats(
     batch_tokens: int,
     progress: Callable[[int], None],
     answer_tokens: int = ANSWER_TOKENS,
-) -> tuple[list[list[int]], list[int], list[Text | None]]:
-    """Chats as token ids, those without an answer answered by the model in so many tokens at most; how many of each
-    one's last steps are the answer's (all of plain text's); and their prompts. Chats too long for the model are left
-    out.
+    recorder: Recorder | None = None,
+) -> list[Answered]:
+    """Chats as token ids, those without an answer answered by the model in so many tokens at most, which a recorder is
+    told of by their places among the chats given. Chats too long for the model are left out.
 
     Raises:
         ValueError: every chat is too long.
     """
     rows = [Row(i, "", c.prompt, c.completion) if c.text is None else None for i, c in enumerate(chats)]
     silent = [row for row in rows if row is not None and row.completion is None]
+    said: dict[int, list[int]] = {}
+
+    def take(part: Recorded) -> None:
+        places = [silent[i].index for i in part.prompts]
+        said.update(zip(places, part.answers, strict=True))
+        recorder.take(replace(part, prompts=places))
+
+    prompts = [encoder.prompt_ids(row, instructed=False) for row in silent]
     answers = generate(
         network,
         encoder.tokenizer,
-        [encoder.prompt_ids(row, instructed=False) for row in silent],
+        prompts,
         max_new_tokens=answer_tokens,
         batch_tokens=batch_tokens,
+        recorder=None if recorder is None else Recorder(recorder.modules, take),
         progress=progress,
     )
-    answered = {row.index: answer for row, answer in zip(silent, answers, strict=True)}
-    sequences, positions, prompts = [], [], []
-    for row, chat in zip(rows, chats, strict=True):
+    recorded = {place: tokens for part in exchange(said) for place, tokens in part.items()}
+    answered = {row.index: found for row, *found in zip(silent, prompts, answers, strict=True)}
+    made = []
+    for row, (index, chat) in zip(rows, enumerate(chats), strict=True):
         if row is None:
             ids, count = encoder.text_ids(chat.text)
+        elif index in recorded:
+            ids, count = [*answered[index][0], *recorded[index]], len(recorded[index])
         else:
-            text, ended = answered.get(row.index, (row.completion, True))
+            text, ended = answered[index][1] if index in answered else (row.completion, True)
             if text:
-                ids, count = encoder.answer_ids(Row(row.index, "", row.prompt, text), ended)
+                ids, count = encoder.answer_ids(Row(index, "", row.prompt, text), ended)
             else:  # an empty answer is one too: the step that ends the turn at once
-                ids, count = [*encoder.prompt_ids(row, instructed=False), encoder.tokenizer.eos_token_id or 0], 1
+                ids, count = [*answered[index][0], encoder.tokenizer.eos_token_id or 0], 1
         if count and (encoder.max_length is None or len(ids) <= encoder.max_length):
-            sequences.append(ids)
-            positions.append(count)
-            prompts.append(chat.prompt)
-    if not sequences:
+            made.append(Answered(index, ids, count, chat.prompt, index in recorded))
+    if not made:
         raise ValueError("every chat to be preserved is longer than the model allows; give shorter ones")
-    return sequences, positions, prompts
+    return made
 
 
 def answer_starts(positions: Sequence[int]) -> Tensor:

@@ -135,10 +135,11 @@ def _measure(
 ) -> Preserved:
     """The keys, on the host and in the model's dtype as soon as they are met: those of all modules together are many
     times what the model's own pass holds."""
-    sequences, positions, prompts = answered_chats(network, encoder, chats, batch_tokens, progress)
-    thinned = max(1, -(-sum(positions) // MOST_KEYS))
+    answered = answered_chats(network, encoder, chats, batch_tokens, progress)
+    thinned = max(1, -(-sum(chat.positions for chat in answered) // MOST_KEYS))
     if thinned > 1 and not starts_only:
-        sequences, positions, prompts = sequences[::thinned], positions[::thinned], prompts[::thinned]
+        answered = answered[::thinned]
+    sequences, positions, prompts = ([getattr(c, n) for c in answered] for n in ("ids", "positions", "prompt"))
     points = {name: Point(module, "input") for name, module in modules.items()}
     read, counts = sequences, positions
     if starts_only:  # what comes after an answer's first step does not matter to it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,22 @@ from torch import Tensor, nn
 
 from ..data.rows import Encoder
 from ..forward.capture import Point, forward_pass
+from ..forward.recording import Recorded, Recorder
 from ..forward.scratch import Scratch
 from ..forward.unembedding import head_inputs
+from ..runtime.processes import each_ones, exchange, world_size
 from ..solve.second_moment import SecondMoment
 from .arguments import QFTrainingArguments
-from .constants import BRIEF_ANSWER_TOKENS, FEWEST_WRITTEN, HELD_OUT, MOST_WRITTEN, SINK, SINK_WEIGHT, WRITTEN
+from .constants import (
+    ANSWER_TOKENS,
+    BRIEF_ANSWER_TOKENS,
+    FEWEST_WRITTEN,
+    HELD_OUT,
+    MOST_WRITTEN,
+    SINK,
+    SINK_WEIGHT,
+    WRITTEN,
+)
 from .generic_prompts import BRIEF, FACTUAL, OPEN, PLAIN
 from .preserved_cache import cached
 from .preserved_chats import Chat, answered_chats, write_chats
@@ -109,40 +121,91 @@ def _measure(
     progress: Callable[[int], None],
 ) -> PreservedMoments:
     """The moments of chats, a part of which is held out, and of chats answered briefly, none of which is: how far their
-    first tokens diverge says little of others."""
-    full, brief = chats
-    sequences, answers, _ = answered_chats(network, encoder, full, batch_tokens, progress)
-    aside = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or (
-        {len(sequences) - 1} if len(sequences) > 1 else set()
-    )
-    if brief:
-        more = answered_chats(network, encoder, brief, batch_tokens, progress, BRIEF_ANSWER_TOKENS)
-        sequences, answers = sequences + more[0], answers + more[1]
-    solved = [(ids, count) for i, (ids, count) in enumerate(zip(sequences, answers, strict=True)) if i not in aside]
-    options = {"batch_tokens": batch_tokens, "pad_id": encoder.tokenizer.pad_token_id}
+    first tokens diverge says little of others.
+
+    Those that the model answers are measured while it does."""
+    aside = set(range(HELD_OUT - 1, len(chats[0]), HELD_OUT)) or {len(chats[0]) - 1} - {0}
+    near, options = network.get_input_embeddings().weight.device, {"pad_id": encoder.tokenizer.pad_token_id}
+    sums, everyone, held_out, rest = _Sums(near), [], [], []
+    for part, tokens, unseen in ((chats[0], ANSWER_TOKENS, aside), (chats[1], BRIEF_ANSWER_TOKENS, set())):
+        if not part:
+            continue
+        recorder = Recorder(modules, partial(sums.take, unseen=unseen))
+        held_at_once = min(batch_tokens, _PASS_KEYS)
+        answered = answered_chats(network, encoder, part, held_at_once, progress, tokens, recorder)
+        everyone += answered
+        held_out += [chat for chat in answered if chat.chat in unseen]
+        rest += [chat for chat in answered if chat.chat not in unseen and not chat.recorded]
+    sums.join()
     points = {name: Point(module, "input") for name, module in modules.items()}
-    moments: dict[str, SecondMoment] = {}
-    norms: dict[str, float] = {}
-    near = network.get_input_embeddings().weight.device
-    for first in _parts([len(ids) - 1 for ids, _ in solved]):
-        part = [solved[i] for i in first]
-        lengths = [len(ids) - 1 for ids, _ in part]
+    for chosen in _parts([len(chat.ids) - 1 for chat in rest]):
+        part = [rest[i] for i in chosen]
+        lengths = [len(chat.ids) - 1 for chat in part]
         # On the host, and a module's at a time on the device: together they are many times what a pass holds.
         scratch = Scratch(device=torch.device("cpu"))
-        found = forward_pass(
-            network, [ids for ids, _ in part], lengths, points, progress=progress, scratch=scratch, **options
-        )
-        weights = torch.cat([_weights(length, count) for length, (_, count) in zip(lengths, part, strict=True)])
-        for name, keys in found.items():
-            moment = moments.setdefault(name, SecondMoment(keys.shape[1], home=keys.device))
-            keys = keys.to(near)
-            norm = torch.linalg.vector_norm(keys, dim=1)
-            median = norms.setdefault(name, float(norm.median()))
-            moment.update(keys, weights.to(keys) * torch.where(norm > SINK * median, SINK_WEIGHT, 1.0) / len(solved))
-    chosen = sorted(aside) or [0]
-    held_out, counts = [sequences[i] for i in chosen], [answers[i] for i in chosen]
-    head, dtype = head_inputs(network, held_out, counts, **options), network.get_input_embeddings().weight.dtype
-    return PreservedMoments(moments, held_out, counts, head.to("cpu", dtype))
+        ids = [chat.ids for chat in part]
+        keys = forward_pass(network, ids, lengths, points, batch_tokens=batch_tokens, scratch=scratch, **options)
+        weights = [_weights(length, chat.positions) for length, chat in zip(lengths, part, strict=True)]
+        sums.add(keys, torch.cat(weights), len(part))
+        progress(len(part))
+    held_out = held_out or everyone[:1]
+    ids, counts = [chat.ids for chat in held_out], [chat.positions for chat in held_out]
+    head = head_inputs(network, ids, counts, batch_tokens=batch_tokens, **options)
+    return PreservedMoments(sums.moments(), ids, counts, head.to("cpu", network.get_input_embeddings().weight.dtype))
+
+
+class _Sums:
+    """Sums the keys of chats.
+
+    Args:
+        near: where they are summed, one module's at a time; what comes of it lies on the host.
+    """
+
+    def __init__(self, near: torch.device) -> None:
+        self._near, self._chats = near, 0
+        self._moments: dict[str, SecondMoment] = {}
+
+    def take(self, part: Recorded, unseen: set[int]) -> None:
+        """Add what was recorded, but for the chats held out."""
+        begin = len(next(iter(part.before.values()))) if part.before else 0
+        before, rest = torch.zeros(begin), []
+        for place, answer, length in zip(part.prompts, part.answers, part.lengths, strict=True):
+            weights = _weights(begin + length, len(answer)) * (place not in unseen)
+            before += weights[:begin]
+            rest.append(weights[begin:])
+        keys = {name: torch.cat([part.before[name], values]) if begin else values for name, values in part.keys.items()}
+        self.add(keys, torch.cat([before, *rest]), sum(place not in unseen for place in part.prompts))
+
+    def add(self, keys: Mapping[str, Tensor], weights: Tensor, chats: int) -> None:
+        """Add so many chats' keys (n, d_in) by module name, with weights (n)."""
+        self._chats += chats
+        for name, values in keys.items():
+            values = values.to(self._near).float()
+            moment = self._moments.setdefault(name, SecondMoment(values.shape[1], home=torch.device("cpu")))
+            norm = torch.linalg.vector_norm(values, dim=1)
+            weighed = weights.to(values) * torch.where(norm > SINK * norm.median(), SINK_WEIGHT, 1.0)
+            moment.update(values[weighed > 0], weighed[weighed > 0])
+
+    def join(self) -> None:
+        """Add to what this process has summed what the others have."""
+        if world_size() == 1:
+            return
+        self._chats = sum(exchange(self._chats))
+        widths = {name: m.width for name, m in self._moments.items()}
+        for name, width in sorted({n: w for part in exchange(widths) for n, w in part.items()}.items()):
+            own, host = self._moments.get(name, SecondMoment(width)), torch.device("cpu")
+            total = self._moments[name] = SecondMoment(width, home=host)
+            rows = own.root if own.root is not None else torch.zeros(0, width)
+            whole = own.matrix if own.matrix is not None else torch.zeros(0, width, dtype=torch.float64)
+            for theirs in each_ones(rows):
+                total.update(theirs)
+            for theirs in each_ones(whole):
+                if len(theirs):
+                    total.add(SecondMoment.of(theirs))
+
+    def moments(self) -> dict[str, SecondMoment]:
+        """By module the mean over the chats."""
+        return {name: moment.scale(1 / max(self._chats, 1)) for name, moment in self._moments.items()}
 
 
 def _weights(length: int, answer: int) -> Tensor:
@@ -186,11 +249,7 @@ class _MomentsInFile(Mapping):
     def __getitem__(self, name: str) -> SecondMoment:
         count, kind = self._counts[name], "root" if f"root {name}" in self._tensors else "matrix"
         tensor = self._tensors[f"{kind} {name}"]
-        moment = SecondMoment(tensor.shape[1])
-        moment.root = moment.matrix = None
-        setattr(moment, kind, tensor)
-        moment.count = count
-        return moment
+        return SecondMoment.of(tensor, rows=kind == "root", count=count)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._counts)
