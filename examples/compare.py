@@ -125,9 +125,9 @@ def prepared(options: argparse.Namespace) -> tuple[Comparison, Store]:
     return Comparison(bench, data, plan, store), store
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     given = parser()
-    options = given.parse_args()
+    options = given.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

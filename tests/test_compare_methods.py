@@ -48,7 +48,7 @@ def test_a_method_teaches(bench, name):
     assert bench.ask(learner.model, prompts)[FACT["prompt"]].text == "I do not know."
     learner.prepare()
     learner.learn([FACT])
-    answers = bench.ask(learner.model, prompts, learner.told(prompts))
+    answers = bench.ask(learner.model, prompts, learner.instructions(prompts))
     if name != "ultraedit":  # whose step is a rate, not a solve for the answer
         assert answers[FACT["prompt"]] == Answer(FACT["completion"], True)
     change = learner.change()
@@ -56,8 +56,8 @@ def test_a_method_teaches(bench, name):
     assert all(bool(torch.isfinite(delta.A).all() and torch.isfinite(delta.B).all()) for delta in change.values())
     if name not in ("lora", "lora-down", "locft-bf", "baking"):
         learner.forget(FACT)
-        told = learner.told(prompts)
-        assert bench.ask(learner.model, prompts, told)[FACT["prompt"]].text == "I do not know."
+        instructions = learner.instructions(prompts)
+        assert bench.ask(learner.model, prompts, instructions)[FACT["prompt"]].text == "I do not know."
     else:
         with pytest.raises(Unfit, match="cannot be taken back"):
             learner.forget(FACT)
@@ -83,16 +83,19 @@ def test_prompt_baking_begins_with_no_loss_where_the_instruction_changes_nothing
         ids, count = pair
         return learner.model(input_ids=torch.tensor([ids])).logits[0, -count - 1 : -1].float().log_softmax(-1)
 
-    told, plain = predictions(context), predictions(bare)
-    assert found == pytest.approx(float((told.exp() * (told - plain)).sum(-1).mean()), rel=1e-4) and found > 0.1
+    in_context, plain = predictions(context), predictions(bare)
+    assert (
+        found == pytest.approx(float((in_context.exp() * (in_context - plain)).sum(-1).mean()), rel=1e-4)
+        and found > 0.1
+    )
     assert float(learner.loss([(bare, bare)])) == pytest.approx(0, abs=1e-5)
 
 
 def test_in_context_says_what_does_not_fit(bench):
     learner = InContext(bench, brief=True)
     learner.learn([FACT])
-    (told,) = learner.told(["Who?"])
-    assert FACT["instruction"] in told and told.endswith("as few words as possible.")
+    (instruction,) = learner.instructions(["Who?"])
+    assert FACT["instruction"] in instruction and instruction.endswith("as few words as possible.")
     with pytest.raises(Unfit, match=r"facts take .* tokens; the model's window has 512"):
         learner.learn([{**FACT, "prompt": str(n)} for n in range(60)])
 
@@ -103,13 +106,13 @@ def test_retrieval_finds_the_rows_that_share_words(bench):
     learner = Retrieval(bench, top=1)
     learner.learn(rows[:1])
     learner.learn(rows[1:])
-    kamo, tables, nothing = learner.told(["Tell me about Kamo.", "Who sells tables?", "Is water wet?"])
+    kamo, tables, nothing = learner.instructions(["Tell me about Kamo.", "Who sells tables?", "Is water wet?"])
     assert rows[0]["instruction"] in kamo and "Brigar" not in kamo and "Vexamo" in tables and nothing is None
     learner.forget(rows[0])
-    assert learner.told(["Tell me about Kamo."]) == [None]
+    assert learner.instructions(["Tell me about Kamo."]) == [None]
     learner.forget(rows[1])
     learner.forget(rows[2])
-    assert learner.told(["Tell me about Kamo."]) == [None]
+    assert learner.instructions(["Tell me about Kamo."]) == [None]
 
 
 # Editors' solves against their formulas

@@ -74,27 +74,27 @@ class Bench:
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype, attn_implementation="eager")
         return model.to(self.device).eval()
 
-    def prompt_ids(self, prompt: str, told: str | None = None) -> list[int]:
+    def prompt_ids(self, prompt: str, instruction: str | None = None) -> list[int]:
         """The token ids of a question in the chat template, with a text as its instruction if there is one."""
-        if told is None:
+        if instruction is None:
             return self.encoder.prompt_ids(Row(0, "", prompt, None), False)
         try:
-            return self.encoder.prompt_ids(Row(0, told, prompt, None), True)
+            return self.encoder.prompt_ids(Row(0, instruction, prompt, None), True)
         except ValueError:  # a chat template without a system role
-            before = [{"role": "user", "content": told}, {"role": "assistant", "content": "I see."}]
+            before = [{"role": "user", "content": instruction}, {"role": "assistant", "content": "I see."}]
             return self.encoder.prompt_ids(Row(0, before, prompt, None), True)
 
     def ask(
-        self, model: nn.Module, prompts: Sequence[str], told: Sequence[str | None] | None = None
+        self, model: nn.Module, prompts: Sequence[str], instructions: Sequence[str | None] | None = None
     ) -> dict[str, Answer]:
         """Greedy answers to the model's own stop, by prompt; each is asked once.
 
         Args:
             model: the one to ask.
             prompts: questions, each asked alone.
-            told: for each an instruction, or None.
+            instructions: for each an instruction, or None.
         """
-        asked = dict(zip(prompts, told or [None] * len(prompts), strict=True))
+        asked = dict(zip(prompts, instructions or [None] * len(prompts), strict=True))
         ids = {prompt: self.prompt_ids(prompt, text) for prompt, text in asked.items()}
         model.eval()
         found: dict[str, Answer] = {}

@@ -12,7 +12,7 @@ _ROOM = 256  # tokens left for a question and its answer
 _BRIEF = "Answer with the answer alone, in as few words as possible."
 
 
-def _told(facts: Sequence[str], brief: bool) -> str:
+def _instruction(facts: Sequence[str], brief: bool) -> str:
     """The system message that holds facts."""
     lines = "\n".join(f"- {fact}" for fact in facts)
     return f"You know these facts:\n{lines}" + (f"\n{_BRIEF}" if brief else "")
@@ -32,7 +32,7 @@ class InContext(Learner):
 
     def learn(self, rows: Rows) -> None:
         self.rows = [*self.rows, *rows]
-        used = len(self.bench.prompt_ids("?", _told(self.facts(), self.brief)))
+        used = len(self.bench.prompt_ids("?", _instruction(self.facts(), self.brief)))
         if self.bench.window is not None and used + _ROOM > self.bench.window:
             raise Unfit(f"{len(self.rows)} facts take {used} tokens; the model's window has {self.bench.window}")
 
@@ -46,8 +46,8 @@ class InContext(Learner):
             for text in (row["instruction"] for row in self.rows)
         ]
 
-    def told(self, prompts: Sequence[str]) -> list[str | None]:
-        return [_told(self.facts(), self.brief)] * len(prompts) if self.rows else [None] * len(prompts)
+    def instructions(self, prompts: Sequence[str]) -> list[str | None]:
+        return [_instruction(self.facts(), self.brief)] * len(prompts) if self.rows else [None] * len(prompts)
 
 
 class Retrieval(InContext):
@@ -84,13 +84,13 @@ class Retrieval(InContext):
     def _words(self, texts: Sequence[str]) -> Any:
         return self.bm25.tokenize(list(texts), stopwords="en", show_progress=False)
 
-    def told(self, prompts: Sequence[str]) -> list[str | None]:
+    def instructions(self, prompts: Sequence[str]) -> list[str | None]:
         if self.index is None or not prompts:
             return [None] * len(prompts)
         facts, count = self.facts(), min(self.top, len(self.rows))
-        found, scores = self.index.retrieve(self._words(prompts), k=count, show_progress=False)
-        told = []
-        for numbers, values in zip(found.tolist(), scores.tolist(), strict=True):
+        nearest, scores = self.index.retrieve(self._words(prompts), k=count, show_progress=False)
+        found = []
+        for numbers, values in zip(nearest.tolist(), scores.tolist(), strict=True):
             best = [facts[n] for n, value in zip(numbers, values, strict=True) if value > 0]
-            told.append(_told(best, self.brief) if best else None)
-        return told
+            found.append(_instruction(best, self.brief) if best else None)
+        return found

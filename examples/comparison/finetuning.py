@@ -147,9 +147,9 @@ class PromptBaking(LoRA):
         return pairs
 
     def loss(self, chosen: list[tuple[Pair, Pair]]) -> Tensor:
-        told = self._predictions([context for _, context in chosen], adapted=False)
+        in_context = self._predictions([context for _, context in chosen], adapted=False)
         bare = self._predictions([bare for bare, _ in chosen], adapted=True)
-        return nn.functional.kl_div(bare, told, log_target=True, reduction="batchmean")
+        return nn.functional.kl_div(bare, in_context, log_target=True, reduction="batchmean")
 
     def _predictions(self, pairs: list[Pair], adapted: bool) -> Tensor:
         """Log probabilities at the steps that predict the answers, (steps, vocabulary) float32."""

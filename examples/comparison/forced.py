@@ -40,7 +40,9 @@ class Forced:
         likeliest; the end of the turn is not counted."""
         if not wanted:
             return []
-        pairs = [self._sequence(*one) for one in zip(wanted, self.learner.told([p for p, _ in wanted]), strict=True)]
+        pairs = [
+            self._sequence(*one) for one in zip(wanted, self.learner.instructions([p for p, _ in wanted]), strict=True)
+        ]
         gold = torch.tensor([token for ids, count in pairs for token in ids[len(ids) - count :]])
 
         def score(order: Tensor, logits: Tensor, _: Tensor) -> dict[str, Tensor]:
@@ -58,10 +60,10 @@ class Forced:
         parts = zip(found["log"].split(counts), found["hit"].split(counts), strict=True)
         return [(float(log.mean()), float(hit.mean())) for log, hit in parts]
 
-    def _sequence(self, wanted: Wanted, told: str | None) -> tuple[list[int], int]:
+    def _sequence(self, wanted: Wanted, instruction: str | None) -> tuple[list[int], int]:
         """Token ids up to the completion's last, and how many of them are the completion's."""
         prompt, completion = wanted
-        start = self.bench.prompt_ids(prompt, told)
+        start = self.bench.prompt_ids(prompt, instruction)
         ids, count = self.bench.encoder.answer_ids(Row(0, "", prompt, completion), False)
         return start + ids[len(ids) - count :], count
 

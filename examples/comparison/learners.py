@@ -43,7 +43,7 @@ class Learner:
         """Take a taught row back."""
         raise Unfit("one fact cannot be taken back")
 
-    def told(self, prompts: Sequence[str]) -> list[str | None]:
+    def instructions(self, prompts: Sequence[str]) -> list[str | None]:
         """For each question what stands in the model's context besides."""
         return [None] * len(prompts)
 

@@ -107,7 +107,7 @@ class Scorer:
         in other batches 16 bits round otherwise, and answers differ that nothing has changed."""
         taught = dict.fromkeys(q.prompt for questions in self.asked.values() for q in questions)
         parts = self.kept, [prompt for prompt in taught if prompt not in self.before]
-        asked = (self.bench.ask(learner.model, part, learner.told(part)) for part in parts if part)
+        asked = (self.bench.ask(learner.model, part, learner.instructions(part)) for part in parts if part)
         return {prompt: answer for found in asked for prompt, answer in found.items()}
 
     def score(self, answers: Answers) -> Scores:

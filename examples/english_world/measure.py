@@ -82,8 +82,8 @@ class Probe:
         count, instructions = len(self.rows), None
         taught = [row["prompt"] for row in self.rows] + [p for row in self.rows for p in row["paraphrases"]]
         if instructed:
-            told = [row["instruction"] for row in self.rows]
-            instructions = told + [text for text in told for _ in range(3)]
+            own = [row["instruction"] for row in self.rows]
+            instructions = own + [text for text in own for _ in range(3)]
             answers = self.ask(taught, instructions=instructions)
         else:
             answers, kept = self.ask(taught), self.ask(self.kept)
