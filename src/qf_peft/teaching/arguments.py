@@ -43,9 +43,9 @@ class QFTrainingArguments:
         ridge (`float`, defaults to 1e-3):
             The weight of ‖ΔW‖² itself, relative to λ times the mean diagonal of the preserved moment.
         preserve_chats (`int`, *optional*):
-            How many chats the model writes itself to be preserved where no `preserve_dataset` is given. By default as
-            many as cost about a minute on two CPU cores: 48 at 135M parameters, at least 16 and at most 400. On models
-            whose stream grows with depth 130 general prompts and 40 plain texts are preserved besides.
+            How many chats the model writes itself to be preserved where no `preserve_dataset` is given. On models
+            whose stream grows with depth by default 16 (up to 400 where the model has less than 125M parameters),
+            beside 420 general prompts and 40 plain texts; on others 400.
         max_divergence (`float`, *optional*):
             The mean KL in nats, from the base model's predictions, that a lesson may leave on chats held out of every
             solve (a tenth of those preserved). Beyond it the lesson is solved more gently, until it fits; rows that do

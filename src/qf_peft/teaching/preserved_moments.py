@@ -24,10 +24,10 @@ from ..runtime.processes import each_ones, exchange, world_size
 from ..solve.second_moment import SecondMoment
 from .arguments import QFTrainingArguments
 from .constants import (
-    ANSWER_TOKENS,
-    BRIEF_ANSWER_TOKENS,
+    BRIEF_TOKENS,
     FEWEST_WRITTEN,
     HELD_OUT,
+    KEPT_TOKENS,
     MOST_WRITTEN,
     SINK,
     SINK_WEIGHT,
@@ -71,8 +71,7 @@ def preserved_moments(
         encoder: its tokenizer's.
         modules: the modules that may be taught, by name.
         chats: what to preserve; None for the default.
-        args: its `preserve_chats` is how many chats the model shall write then; by default as many as cost about a
-            minute on two CPU cores.
+        args: its `preserve_chats` is how many chats the model shall write then; by default as many as `own_chats` says.
         progress: called with the number of sequences done.
     """
     own, batch_tokens, seed = args.preserve_chats or own_chats(network), args.batch_tokens, args.seed
@@ -90,7 +89,8 @@ def preserved_moments(
         moments = _MomentsInFile(tensors, {name: header["counts"][name] for name in names})
         return PreservedMoments(moments, header["held_out"], header["answers"], tensors["head"])
 
-    return cached("moments", [names, content, seed], network, encoder, args.cache, make, _pack, unpack)
+    what = [names, content, seed, KEPT_TOKENS, BRIEF_TOKENS]
+    return cached("moments", what, network, encoder, args.cache, make, _pack, unpack)
 
 
 def general_chats() -> list[Chat]:
@@ -99,7 +99,7 @@ def general_chats() -> list[Chat]:
 
 
 def own_chats(network: nn.Module) -> int:
-    """How many chats a model writes itself by default: as many as cost about a minute on two CPU cores."""
+    """How many chats a model writes itself by default: 16, and more where it is small and they cost little."""
     size = sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n)
     return int(min(MOST_WRITTEN, max(FEWEST_WRITTEN, WRITTEN / size)))
 
@@ -127,7 +127,7 @@ def _measure(
     aside = set(range(HELD_OUT - 1, len(chats[0]), HELD_OUT)) or {len(chats[0]) - 1} - {0}
     near, options = network.get_input_embeddings().weight.device, {"pad_id": encoder.tokenizer.pad_token_id}
     sums, everyone, held_out, rest = _Sums(near), [], [], []
-    for part, tokens, unseen in ((chats[0], ANSWER_TOKENS, aside), (chats[1], BRIEF_ANSWER_TOKENS, set())):
+    for part, tokens, unseen in ((chats[0], KEPT_TOKENS, aside), (chats[1], BRIEF_TOKENS, set())):
         if not part:
             continue
         recorder = Recorder(modules, partial(sums.take, unseen=unseen))
