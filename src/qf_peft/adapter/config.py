@@ -39,7 +39,9 @@ class QFConfig(LoraConfig):
             expression as a string. By default, in a model whose residual stream grows with depth, as pretrained ones'
             does (measured in one short pass), attention's output projections: `o_proj` in Llama, Mistral, Qwen, Phi-3,
             Granite, Gemma; `attn.c_proj` in GPT-2; `dense` in GPT-NeoX and Falcon. In others, and where there is no
-            attention, the module that ends each block's MLP: `down_proj`, `mlp.c_proj`, `dense_4h_to_h`, `fc2`.
+            attention, the module that ends each block's MLP: `down_proj`, `mlp.c_proj`, `dense_4h_to_h`, `fc2`. A first
+            lesson of so many tokens that attention's cannot hold them (at SmolLM2 more than about sixty facts) takes
+            both kinds; where both are named, smaller lessons write into attention's alone.
             Modules that write into the residual stream (all of these) are taught the stream's change; any other linear
             module (`q_proj`, `up_proj`, …) is taught its own output's change.
         layers_to_transform (`int` or `list[int]`, *optional*):
@@ -112,6 +114,7 @@ class QFConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self._check_types()
+        self.modules_by_default = self.target_modules is None  # no field: a file names the modules
         if self.r is None and self.rank_pattern:
             self.r = LoraConfig.__dataclass_fields__["r"].default
         if self.grows is None:

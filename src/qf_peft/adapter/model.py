@@ -380,15 +380,16 @@ class QFModel(LoraModel):
 
     @changing
     def restore(self, adapter_name: str, version: Version) -> None:
-        """Make an adapter what it was, bit for bit."""
-        config, layers = self.peft_config[adapter_name], self.adapter_layers(adapter_name)
+        """Make an adapter what it was, bit for bit; modules that it has taken in since are zero."""
+        config, rank = self.peft_config[adapter_name], version.rank[0]
         config.r, config.lora_alpha = version.rank
-        for name, (a, b) in version.factors.items():
-            layer = layers[name]
+        for name, layer in self.adapter_layers(adapter_name).items():
             at = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            zero = at[0].new_zeros(rank, at[0].shape[1]), at[1].new_zeros(len(at[1]), rank)
+            a, b = version.factors.get(name) or (begun(*zero, name), zero[1])
             pair = a.to(at[0], copy=True), b.to(at[1], copy=True)
             put_factors(layer, adapter_name, *pair, self._alpha(adapter_name, name, len(pair[0])))
-            layer.scaling[adapter_name] = version.scaling[name]
+            layer.scaling[adapter_name] = version.scaling.get(name, layer.scaling[adapter_name])
         self.taught.pop(adapter_name, None)
         if version.taught is not None:
             self.taught[adapter_name] = version.taught

@@ -75,6 +75,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def is_attention(name: str) -> bool:
+    """Whether a module belongs to attention, by its name."""
+    return "attn" in name or "attention" in name
+
+
 def block_ends(model: nn.Module, attention: bool) -> set[str]:
     """In each block the last linear module whose output is as wide as the stream: that of its MLP, or `attention`'s
     output projection.
@@ -97,7 +102,7 @@ def block_ends(model: nn.Module, attention: bool) -> set[str]:
                 f"block {path}.{index} has no linear module that writes {width} values; give "
                 "QFConfig(target_modules=...)"
             )
-        attending = [n for n in writers if "attn" in n or "attention" in n] if attention else []
+        attending = [n for n in writers if is_attention(n)] if attention else []
         end = (attending or writers)[-1]
         parts = end.split(".")
         for k in range(1, len(parts) + 1):

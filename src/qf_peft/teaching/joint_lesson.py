@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter.state import TaughtAdapter
 from ..data.rows import Row
-from ..forward.blocks import split_path
+from ..forward.blocks import is_attention, split_path
 from ..forward.capture import Point, forward_pass
 from ..forward.prefix import common
 from ..forward.residual_stream import Writer, grows_with_depth
@@ -274,6 +274,9 @@ class JointLesson(Lesson):
         rows = [ids for i, ids in enumerate(rows) if i % tuned.CONTRASTS_ASIDE != tuned.CONTRASTS_ASIDE - 1]
         points = {name: Point(self.layers[name], "input") for name in chosen}
         moments, host = {}, torch.device("cpu")
+        along, last = tuned.CONTRAST_WEIGHT_ALONG, tuned.CONTRAST_WEIGHT
+        if len({is_attention(name) for name in chosen}) == 2:  # both kinds are written into: a crowded lesson
+            along, last = tuned.CROWDED_WEIGHT_ALONG, tuned.CROWDED_WEIGHT
         neighbours = sum(len(ids) - 2 for ids in rows)
         # What all begin with, the system prompt, is preserved in every chat; a pass that need not keep it runs it once.
         shared = min(common(min(rows), max(rows)), *(len(ids) - 2 for ids in rows)) if rows else 0
@@ -283,8 +286,8 @@ class JointLesson(Lesson):
             options = {**self.unseen, "scratch": Scratch(device=host)}  # of all modules: too much for the device
             found = forward_pass(self.network, part, lengths, points, **options)
             # What is new is said at the last position; before it the answer may well begin as a taught one does.
-            weights = torch.full((sum(lengths),), tuned.CONTRAST_WEIGHT_ALONG / max(neighbours, 1))
-            weights[torch.tensor(lengths).cumsum(0) - 1] = tuned.CONTRAST_WEIGHT / len(rows)
+            weights = torch.full((sum(lengths),), along / max(neighbours, 1))
+            weights[torch.tensor(lengths).cumsum(0) - 1] = last / len(rows)
             for name, keys in found.items():
                 moment = moments.setdefault(name, SecondMoment(keys.shape[1], home=host))
                 moment.update(keys.to(self.network.get_input_embeddings().weight.device), weights)

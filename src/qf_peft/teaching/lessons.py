@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..adapter.widening import further_modules, widen
 from ..data.ledger import entry, joined, question_key
 from ..data.rows import Example, Row
 from ..evaluate.subject import Subject
-from ..forward.blocks import find_blocks
+from ..forward.blocks import find_blocks, is_attention
 from ..forward.residual_stream import trace_writers
 from ..runtime.processes import world_size
 from .arguments import QFTrainingArguments
-from .constants import LEAD, SAFE
+from .constants import CROWDED, LEAD, SAFE, WORDINGS
 from .joint_lesson import JointLesson, suits, writers_late
 from .lesson import Learner, together, unsaid
 from .module_sweeps import ModuleSweeps
@@ -61,7 +64,7 @@ class Lessons:
         """Teach rows beside what binds, and note them. Returns metrics."""
         start, earlier = time.perf_counter(), len(self.subject.facts)
         joint = self.joint([self.encoder.encode(rows[0])])
-        moments = self.moments() if joint else None
+        moments = self.moments(rows) if joint else None
         chats = (None, None) if joint else self.preserved(len(rows))
         # A pretrained model answers most questions otherwise with any system message, a fact's too: none stands there.
         lessons = [(rows, False)] if joint else self._split(rows, chats[0])
@@ -133,7 +136,7 @@ class Lessons:
             if not examples:
                 break
             if joint:
-                JointLesson(self.learner, rows, self.moments(), self.args, self.progress.update).run()
+                JointLesson(self.learner, rows, self.moments(rows), self.args, self.progress.update).run()
             else:
                 chats = self.preserved(len(rows))
                 sweeps = ModuleSweeps(self.subject, self.learner, chats, taught.holds_standing, self.progress.update)
@@ -151,22 +154,64 @@ class Lessons:
             trace_writers(network, blocks, names, ids[:8], self.tuner.writers)
             return suits(network, names, blocks, self.tuner.writers, ids[:8], self.args)
 
-    def moments(self) -> PreservedMoments:
-        """What must stay where lessons are solved jointly."""
-        names, depth = list(self.tuner.adapter_layers(self.adapter)), len(find_blocks(self.subject.network)[1])
-        layers = self.tuner.adapter_layers(self.adapter)
-        late = {name: layers[name] for name in writers_late(names, self.tuner.writers, depth)}
+    def moments(self, rows: list[Row]) -> PreservedMoments:
+        """What must stay where lessons are solved jointly, of the modules that a lesson of these rows writes into."""
+        if self.further(rows):
+            widen(self.tuner, self.adapter)
+        late = self.modules(rows)
         network, options = self.subject.network, self.subject.pass_options
         with self.tuner.without_adapters():
             if isinstance(self.chats, PreservedStatistics):
                 return self.chats.of(network, self.encoder, late, **options)
             return preserved_moments(network, self.encoder, late, self.chats, self.args, self.progress.update)
 
+    def modules(self, rows: list[Row]) -> dict[str, nn.Module]:
+        """The modules of this adapter that a joint lesson of these rows may write into, by name."""
+        layers, taught = self.tuner.adapter_layers(self.adapter), self.tuner.taught.get(self.adapter)
+        late = self._late(layers)
+        bound = [name for name in late if taught is not None and name in taught.bound]
+        attention = [name for name in late if is_attention(name)]
+        if isinstance(self.chats, PreservedStatistics) and self._measured(attention) and not self._measured(late):
+            late = attention
+        small = attention and not self._crowded(rows, attention)
+        return {name: layers[name] for name in bound or (attention if small else late)}
+
+    def further(self, rows: list[Row]) -> list[str]:
+        """Modules that the adapter does not have yet and a first lesson of these rows takes in, all of the later half:
+        the MLPs', where attention's are crowded and all of them write into the stream alike."""
+        layers = self.tuner.adapter_layers(self.adapter)
+        if not self._crowded(rows, self._late(layers)):
+            return []
+        names, found = further_modules(self.tuner, self.adapter), {}
+        network, blocks = self.subject.network, find_blocks(self.subject.network)[1]
+        ids = self.encoder.encode(rows[0]).bare_ids[:8]
+        with self.tuner.without_adapters():
+            trace_writers(network, blocks, names, ids, found)
+        plain = all(writer.place is not None and writer.norm is None for writer in found.values())
+        late = writers_late(names, found, len(blocks)) if names and plain else []
+        if isinstance(self.chats, PreservedStatistics) and not self._measured(late):
+            return []
+        self.tuner.writers.update(found)
+        return late
+
+    def _late(self, layers: Mapping[str, nn.Module]) -> list[str]:
+        return writers_late(list(layers), self.tuner.writers, len(find_blocks(self.subject.network)[1]))
+
+    def _measured(self, names: list[str]) -> bool:
+        """Whether the statistics given are of these modules too."""
+        return all(name in self.chats.measured.moments for name in names)
+
+    def _crowded(self, rows: list[Row], names: list[str]) -> bool:
+        """Whether the rows' tokens, their wordings' included, are too many for these modules, which read so much."""
+        columns = sum(self.tuner.adapter_layers(self.adapter)[name].in_features for name in names)
+        tokens = sum(self.encoder.encode(row).taught for row in rows if row.completion is not None)
+        return (1 + WORDINGS) * tokens > CROWDED * columns
+
     def statistics(self) -> PreservedStatistics:
         """The same, to be saved."""
         if isinstance(self.chats, PreservedStatistics):
             return self.chats
-        moments, network, options = self.moments(), self.subject.network, self.subject.pass_options
+        moments, network, options = self.moments(self.subject.rows), self.subject.network, self.subject.pass_options
         with self.tuner.without_adapters():
             return PreservedStatistics.measure(moments, network, self.encoder, **options)
 

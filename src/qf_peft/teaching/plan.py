@@ -10,7 +10,7 @@ from ..evaluate.subject import Subject
 from ..forward.blocks import find_blocks, split_path
 from .constants import HELD_OUT, OWN_CHATS, STRENGTH_TRIES
 from .generic_prompts import BRIEF
-from .joint_lesson import passes_of, writers_late
+from .joint_lesson import passes_of
 from .lessons import Lessons
 from .preserved_moments import general_chats, own_chats
 from .preserved_statistics import PreservedStatistics
@@ -47,7 +47,8 @@ def plan(subject: Subject, lessons: Lessons) -> dict[str, Any]:
     contrast = args.contrast_chats if contrasting else 0
     chats, written = given, (0 if given or not preserves else args.preserve_chats or OWN_CHATS) + contrast
     if lessons.joint(examples):
-        modules = writers_late(modules, subject.tuner.writers, depth)
+        modules = [*lessons.modules(rows), *lessons.further(rows)]
+        modules.sort(key=lambda name: split_path(name)[1])
         passes, most = passes_of(1 - split_path(modules[0])[1] / depth)
         if lessons.chats is None:
             written = args.preserve_chats or own_chats(subject.network)
