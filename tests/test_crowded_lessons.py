@@ -6,6 +6,7 @@ from conftest import FACT, OTHER, TINY
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import qf_peft.teaching.lessons as lessons_module
 from qf_peft import PreservedStatistics, QFConfig, QFTrainer, QFTrainingArguments, Session
 
 CHATS = [f"{question} {name}?" for name in ("Ranixmo", "Lupal", "Zanko", "Brigar", "Velmo") for question in (
@@ -118,6 +119,20 @@ def test_modules_named_by_the_user_and_statistics_without_the_mlps(make, tmp_pat
     given = make(FACT, OTHER, THIRD, preserved=PreservedStatistics.from_pretrained(tmp_path / "many"))
     given.train()
     assert written(given)[1] == {"o_proj", "down_proj"}
+
+
+def test_too_little_memory(make, monkeypatch, caplog):
+    class Full:
+        available = 1e6
+
+    monkeypatch.setattr(lessons_module.psutil, "virtual_memory", Full)
+    lessons_module.logger.addHandler(caplog.handler)
+    trainer = make(FACT, OTHER, THIRD)
+    try:
+        trainer.train()
+    finally:
+        lessons_module.logger.removeHandler(caplog.handler)
+    assert written(trainer)[1] == {"o_proj"} and "the MLPs' are left as they are: what must stay" in caplog.text
 
 
 def test_answers_after_a_crowded_lesson(make, tokenizer):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+import psutil
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -14,9 +15,9 @@ from ..adapter.widening import further_modules, widen
 from ..data.ledger import entry, joined, question_key
 from ..data.rows import Example, Row
 from ..evaluate.subject import Subject
-from ..forward.blocks import find_blocks, is_attention
+from ..forward.blocks import find_blocks, is_attention, linear_shape
 from ..forward.residual_stream import trace_writers
-from ..runtime.processes import world_size
+from ..runtime.processes import exchange, world_size
 from .arguments import QFTrainingArguments
 from .constants import CROWDED, LEAD, SAFE, WORDINGS
 from .joint_lesson import JointLesson, suits, writers_late
@@ -156,7 +157,7 @@ class Lessons:
 
     def moments(self, rows: list[Row]) -> PreservedMoments:
         """What must stay where lessons are solved jointly, of the modules that a lesson of these rows writes into."""
-        if self.further(rows):
+        if (further := self.further(rows)) and self._holds(further):
             widen(self.tuner, self.adapter)
         late = self.modules(rows)
         network, options = self.subject.network, self.subject.pass_options
@@ -193,6 +194,18 @@ class Lessons:
             return []
         self.tuner.writers.update(found)
         return late
+
+    def _holds(self, names: list[str]) -> bool:
+        """Whether the host has room for the moments of these modules, with as much left; of several all must have."""
+        widths = [linear_shape(self.subject.network.get_submodule(name))[0] for name in names]
+        size, free = 8 * sum(width**2 for width in widths), psutil.virtual_memory().available
+        if all(exchange(size <= free / 2)):
+            return True
+        logger.warning(
+            f"these rows crowd attention's output projections, and the MLPs' are left as they are: what must stay of "
+            f"them takes {size / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free; teach fewer rows at once"
+        )
+        return False
 
     def _late(self, layers: Mapping[str, nn.Module]) -> list[str]:
         return writers_late(list(layers), self.tuner.writers, len(find_blocks(self.subject.network)[1]))
