@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from compared import KNOWN, task
@@ -346,7 +347,8 @@ def compare(*arguments, code=0):
     arguments = list(map(str, arguments))
     if code:
         errors = io.StringIO()
-        with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(errors):
+        quiet = mock.patch.object(command, "logging")  # what it sets there holds for the whole process
+        with quiet, pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(errors):
             command.main(arguments)
         assert ended.value.code == code
         return errors.getvalue()
