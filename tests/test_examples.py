@@ -137,7 +137,7 @@ from pathlib import Path
 import lifelong
 from comparison.bench import Bench
 from comparison.tiny import preserve_set, teaching_set
-bench, kept = Bench(cache=Path({str(tmp_path)!r}), dtype="bfloat16"), preserve_set(0)
+bench, kept = Bench(cache=Path({str(tmp_path)!r})), preserve_set(0)
 rows, _ = teaching_set(6, 0)
 print(lifelong.corrections(bench, rows, kept, 0, count=2))
 print(lifelong.forgetting(bench, rows, kept, count=2))
@@ -153,7 +153,20 @@ for learner in (lifelong.Learner(bench, kept), lifelong.FineTuner(bench)):
 
 def test_benchmark(tmp_path):
     """Every method on the tiny shape; a second call goes on with what is left, and reports on all of it."""
-    options = ("--shape", "tiny", "--device", "cpu", "--lora-steps", "1", "--reference-facts", "1", "--out", tmp_path)
+    options = (
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--lora-steps",
+        "1",
+        "--reference-facts",
+        "1",
+        "--out",
+        tmp_path,
+    )
     run(EXAMPLES / "benchmark.py", "--facts", "1", "--repeats", "1", "--methods", "floor", "LoRA", *options)
     path = tmp_path / "benchmark-cpu-tiny.json"
     first = json.loads(path.read_text())["runs"]
