@@ -49,7 +49,7 @@ def generate(
         (and was not cut at `max_new_tokens`).
     """
     config = _config(model, tokenizer, max_new_tokens, sample=sample_seed is not None)
-    answers: dict[int, tuple[str, bool]] = {}
+    answers, stops = {}, _stops(config)
     groups = _groups(model, prompts, max_new_tokens)
     begun, cache, before = None, None, {}
     for number, (group, chosen) in enumerate(_batches(groups, prompts, max_new_tokens, batch_tokens)):
@@ -63,7 +63,7 @@ def generate(
                 torch.manual_seed(sample_seed + number)
             written = _written(model, config, batch, len(group.prefix), cache)
         for i, tokens in zip(chosen, written, strict=True):
-            ended = tokens[-1] in _stops(config)
+            ended = tokens[-1] in stops
             text = tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True).strip()
             answers[i] = (text, ended)
         if recorder is not None:

@@ -170,26 +170,26 @@ class Lessons:
         """The modules of this adapter that a joint lesson of these rows may write into, by name."""
         layers, taught = self.tuner.adapter_layers(self.adapter), self.tuner.taught.get(self.adapter)
         late = self._late(layers)
-        bound = [name for name in late if taught is not None and name in taught.bound]
+        if taught is not None and (bound := [name for name in late if name in taught.bound]):
+            return {name: layers[name] for name in bound}
         attention = [name for name in late if is_attention(name)]
         if isinstance(self.chats, PreservedStatistics) and self._measured(attention) and not self._measured(late):
             late = attention
         small = attention and not self._crowded(rows, attention)
-        return {name: layers[name] for name in bound or (attention if small else late)}
+        return {name: layers[name] for name in (attention if small else late)}
 
     def further(self, rows: list[Row]) -> list[str]:
         """Modules that the adapter does not have yet and a first lesson of these rows takes in, all of the later half:
         the MLPs', where attention's are crowded and all of them write into the stream alike."""
-        layers = self.tuner.adapter_layers(self.adapter)
-        if not self._crowded(rows, self._late(layers)):
-            return []
         names, found = further_modules(self.tuner, self.adapter), {}
+        if not names or not self._crowded(rows, self._late(self.tuner.adapter_layers(self.adapter))):
+            return []
         network, blocks = self.subject.network, find_blocks(self.subject.network)[1]
         ids = self.encoder.encode(rows[0]).bare_ids[:8]
         with self.tuner.without_adapters():
             trace_writers(network, blocks, names, ids, found)
         plain = all(writer.place is not None and writer.norm is None for writer in found.values())
-        late = writers_late(names, found, len(blocks)) if names and plain else []
+        late = writers_late(names, found, len(blocks)) if plain else []
         if isinstance(self.chats, PreservedStatistics) and not self._measured(late):
             return []
         self.tuner.writers.update(found)

@@ -193,6 +193,6 @@ def _moment(root: Tensor, scale: Tensor, ridge: float) -> SecondMoment:
     rows = root.float() * scale.float()[:, None]
     if not bool(torch.isfinite(rows).all()):
         raise ValueError("a moment is not finite")
-    moment = SecondMoment(rows.shape[1])
-    moment.root, moment.ridge, moment.count = rows, ridge, len(rows)
+    moment = SecondMoment.of(rows, rows=True, count=len(rows))
+    moment.ridge = ridge
     return moment
