@@ -71,6 +71,18 @@ def random_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.floa
     return model.to(dtype).eval()
 
 
+# The longest first, so that two workers end together (`--no-loadscope-reorder` keeps the order given here).
+LONGEST = ("real_model", "examples", "standing", "guide", "devices", "page", "registration", "quantized", "processes")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TINY)

@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
             pytest.fail(message)
         pytest.skip(message)
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)  # unlike the tiny models this one has work for them
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # unlike the tiny models this one has work for them
     yield real_model.make(tmp_path_factory.mktemp("real") / "smollm2")
     torch.set_num_threads(threads)
 
@@ -100,6 +101,16 @@ def test_beside_saved_statistics(fresh, words, cache, tmp_path):
     session = Session(trainer.model, words)
     assert english.contains(session.ask(rows[0]["prompt"], max_new_tokens=40), rows[0]["object"])
     assert not (tmp_path / "no cache").exists()
+
+
+def test_bare_answers(fresh, words, cache):
+    """What the model would not begin so by far, only the answer itself, fits into the budget too."""
+    facts = english.facts(8, seed=1)
+    rows = [{"instruction": row["instruction"], "prompt": row["prompt"], "completion": row["object"]} for row in facts]
+    trainer = made(fresh(), words, cache, rows, FEW)
+    metrics = trainer.train()
+    assert metrics["unsaid"] <= 1 and metrics["kl_preserved"] <= 0.1
+    assert trainer.evaluate()["recall"].value >= 0.75, "the whole answer, greedily"
 
 
 def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -109,20 +110,27 @@ class JointFit:
         diverge less and more is said by that: the change of the stream (n, d) that is solved for at last, the
         ridge, and the divergence (positions) of what is installed then.
 
-        Each higher ridge is fitted from the same start. So many corrections take a share of the change that falls with
-        the ridge in every direction (iterated Tikhonov regularisation), and least where the keys tell little apart.
-        Lower ones are fitted from the beginning: what made up for the ridge before would be too much.
+        Where they diverge far beyond it the surplus is bounded first, and fitted from the beginning. Each higher ridge
+        is fitted from the same start. So many corrections take a share of the change that falls with the ridge in every
+        direction (iterated Tikhonov regularisation), and least where the keys tell little apart. Lower ones are fitted
+        from the beginning: what made up for the ridge before would be too much.
         """
-        ridge, start, kl = tuned.RIDGE, wanted, chats.divergence()
+        ridge, kl = tuned.RIDGE, chats.divergence()
+        if kl.mean() > tuned.SURPLUS_BEYOND * allowed:
+            self.margin = self.margin.clamp(max=tuned.LEAD + tuned.SURPLUS_MOST)
+            wanted = self.fitted(self.wanted, ridge, tuned.PASSES)
+            kl = chats.divergence()
+        start, below = wanted, ridge
         for _ in range(tuned.RIDGE_TRIES):
             if kl.mean() <= allowed:
                 break
+            below = ridge
             ridge *= min(max(float(kl.mean()) / allowed, tuned.RIDGE_RAISED[0]), tuned.RIDGE_RAISED[1])
             wanted, kl = self.fitted(start, ridge, tuned.PASSES_AGAIN, again=True), chats.divergence()
         if ridge > tuned.RIDGE:
-            return wanted, ridge, kl
+            return self._between(chats, start, (below, ridge), wanted, kl, allowed)
         missing = self.missing()
-        while missing:
+        for _ in range(tuned.RIDGE_TRIES if missing else 0):
             lower = ridge * tuned.RIDGE_LOWERED
             other = self.fitted(self.wanted, lower, tuned.PASSES, again=True)
             left, moved = self.missing(), chats.divergence()
@@ -130,6 +138,42 @@ class JointFit:
                 self.write(wanted[self.steps.taught], ridge)
                 break
             wanted, ridge, kl, missing = other, lower, moved, left
+            if not missing:
+                break
+        return wanted, ridge, kl
+
+    def _between(
+        self,
+        chats: HeldOutChats,
+        start: Tensor,
+        ridges: tuple[float, float],
+        wanted: Tensor,
+        kl: Tensor,
+        allowed: float,
+    ) -> tuple[Tensor, float, Tensor]:
+        """The same between a ridge that is too low and one that leaves room, as long as something is not said: a ridge
+        raised by the divergence is raised too far where that falls faster than the ridge rises. Then what is missing is
+        corrected further while there is room."""
+        low, ridge = ridges
+        for _ in range(tuned.RIDGE_HALVINGS):
+            if kl.mean() > tuned.RIDGE_ROOM * allowed or not self.missing():
+                break
+            between = math.sqrt(low * ridge)
+            other, moved = self.fitted(start, between, tuned.PASSES_AGAIN, again=True), chats.divergence()
+            if moved.mean() > allowed:
+                low = between
+                self.write(wanted[self.steps.taught], ridge)
+            else:
+                wanted, ridge, kl = other, between, moved
+        for _ in range(tuned.CORRECTED_FURTHER):
+            missing = self.missing()
+            if kl.mean() > tuned.RIDGE_ROOM * allowed or not missing:
+                break
+            other, moved = self.fitted(wanted, ridge, tuned.PASSES_AGAIN, again=True), chats.divergence()
+            if moved.mean() > allowed or self.missing() >= missing:
+                self.write(wanted[self.steps.taught], ridge)
+                break
+            wanted, kl = other, moved
         return wanted, ridge, kl
 
     def missing(self) -> int:

@@ -126,9 +126,9 @@ class JointLesson(Lesson):
 
         fit = JointFit(walk, self.ends["stream"], unembedding, steps, write, margin, found["stream"])
         stray = tuned.STRAYS * max(1.0, self.own / tuned.STRAYS_FACTS) ** tuned.STRAYS_POWER
-        wanted, strayed = fit.without_strays(strays, stray)
-        wanted, ridge, kl = fit.within_budget(chats, wanted, self.args.divergence_of(state.facts + self.own))
-        strayed = strayed if ridge == tuned.RIDGE else strays.share()
+        first, strayed = fit.without_strays(strays, stray)
+        wanted, ridge, kl = fit.within_budget(chats, first, self.args.divergence_of(state.facts + self.own))
+        strayed = strayed if wanted is first else strays.share()
 
         self._bind(state, bound, {name: found[name][steps.taught] for name in chosen}, system, ridge)
         state.delta.update(self._write(system, wanted[steps.taught], ridge, present, last=True))
@@ -329,7 +329,9 @@ class JointLesson(Lesson):
 def passes_of(behind: float) -> tuple[float, float]:
     """How many passes of a lesson's rows, wordings included, it takes as a rule and at most, where so much of the
     model's depth (0 to 1) lies behind the first block that may be taught."""
-    return 2 + behind * tuned.PASSES / 2, 2 + behind * (1 + tuned.PASSES + (tuned.RIDGE_TRIES - 1) * tuned.PASSES_AGAIN)
+    again = (1 + tuned.RIDGE_TRIES + tuned.RIDGE_HALVINGS + tuned.CORRECTED_FURTHER) * tuned.PASSES_AGAIN
+    most = 1 + 2 * tuned.PASSES + tuned.SURPLUS_SHRINKS * tuned.PASSES_BETWEEN + again
+    return 2 + behind * tuned.PASSES / 2, 2 + behind * most
 
 
 def writers_late(names: list[str], writers: dict[str, Writer], depth: int) -> list[str]:
