@@ -49,10 +49,10 @@ DIVERGENCE, DIVERGENCE_FACTS = 0.1, 10
 # .20, .48 and .18 (without an end to strays). From 2 on some of ten facts are not said after so many corrections.
 RIDGE = 1.0
 RIDGE_RAISED = (1.3, 8.0)  # where the budget is exceeded: by how far, at least and at most
-# Of the budget: where less is used once the ridge was raised and something is not said, ridges between the last two are
-# tried, and what is missing is corrected further, so often at most. A hundred bare answers of zsRE, .18 nats allowed: at
-# a ridge of 38 leading .66 of their tokens (KL .04), at 17 .88 (.10), after 5, 10 and 15 more corrections .95, .96
-# and .98 (.12, .13, .15); at 12 instead .94 (.22).
+# Of the budget: where less is used once the ridge was raised and something is not said, a ridge between the last two is
+# tried, and what is missing is corrected further, so often at most. A hundred bare answers of zsRE, .18 nats allowed:
+# at a ridge of 38 .66 of their tokens lead (KL .04), at 17 .88 (.10), after 5, 10 and 15 more corrections .95, .96 and
+# .98 (.12, .13, .15); at 12 instead .94 (.22).
 RIDGE_ROOM, RIDGE_HALVINGS, CORRECTED_FURTHER = 0.8, 1, 4
 RIDGE_LOWERED = 0.25  # to so much of it, where something is not said and the budget leaves room
 RIDGE_TRIES = 8  # at most
