@@ -15,7 +15,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 CHATS = [f"{question} {name}?" for name in ("Ranixmo", "Lupal", "Zanko", "Brigar", "Velmo") for question in (
     "Who founded", "Tell me who leads", "Where is the home of", "Please say who started")]  # fmt: skip
-BEFORE = {"RIDGE_HALVINGS": 0, "CORRECTED_FURTHER": 0, "SURPLUS_BEYOND": float("inf")}
+BEFORE = {"RIDGE_ROOM": 0.0, "SURPLUS_BEYOND": float("inf")}
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ RIDGE_RAISED = (1.3, 8.0)  # where the budget is exceeded: by how far, at least 
 # tried, and what is missing is corrected further, so often at most. A hundred bare answers of zsRE, .18 nats allowed:
 # at a ridge of 38 .66 of their tokens lead (KL .04), at 17 .88 (.10), after 5, 10 and 15 more corrections .95, .96 and
 # .98 (.12, .13, .15); at 12 instead .94 (.22).
-RIDGE_ROOM, RIDGE_HALVINGS, CORRECTED_FURTHER = 0.8, 1, 4
+RIDGE_ROOM, CORRECTED_FURTHER = 0.8, 4
 RIDGE_LOWERED = 0.25  # to so much of it, where something is not said and the budget leaves room
 RIDGE_TRIES = 8  # at most
 MOMENT_RIDGE = 1e-2  # of the moment's mean diagonal

@@ -130,7 +130,9 @@ class JointFit:
         if ridge > tuned.RIDGE:
             return self._between(chats, start, (below, ridge), wanted, kl, allowed)
         missing = self.missing()
-        for _ in range(tuned.RIDGE_TRIES if missing else 0):
+        for _ in range(tuned.RIDGE_TRIES):
+            if not missing:
+                break
             lower = ridge * tuned.RIDGE_LOWERED
             other = self.fitted(self.wanted, lower, tuned.PASSES, again=True)
             left, moved = self.missing(), chats.divergence()
@@ -138,8 +140,6 @@ class JointFit:
                 self.write(wanted[self.steps.taught], ridge)
                 break
             wanted, ridge, kl, missing = other, lower, moved, left
-            if not missing:
-                break
         return wanted, ridge, kl
 
     def _between(
@@ -151,29 +151,27 @@ class JointFit:
         kl: Tensor,
         allowed: float,
     ) -> tuple[Tensor, float, Tensor]:
-        """The same between a ridge that is too low and one that leaves room, as long as something is not said: a ridge
+        """The same between a ridge that is too low and one that leaves room, where something is not said: a ridge
         raised by the divergence is raised too far where that falls faster than the ridge rises. Then what is missing is
         corrected further while there is room."""
-        low, ridge = ridges
-        for _ in range(tuned.RIDGE_HALVINGS):
-            if kl.mean() > tuned.RIDGE_ROOM * allowed or not self.missing():
-                break
-            between = math.sqrt(low * ridge)
+        below, ridge = ridges
+        missing = self.missing() if kl.mean() <= tuned.RIDGE_ROOM * allowed else 0
+        if missing:
+            between = math.sqrt(below * ridge)
             other, moved = self.fitted(start, between, tuned.PASSES_AGAIN, again=True), chats.divergence()
-            if moved.mean() > allowed:
-                low = between
-                self.write(wanted[self.steps.taught], ridge)
+            if moved.mean() <= allowed:
+                wanted, ridge, kl, missing = other, between, moved, self.missing()
             else:
-                wanted, ridge, kl = other, between, moved
+                self.write(wanted[self.steps.taught], ridge)
         for _ in range(tuned.CORRECTED_FURTHER):
-            missing = self.missing()
-            if kl.mean() > tuned.RIDGE_ROOM * allowed or not missing:
+            if not missing or kl.mean() > tuned.RIDGE_ROOM * allowed:
                 break
             other, moved = self.fitted(wanted, ridge, tuned.PASSES_AGAIN, again=True), chats.divergence()
-            if moved.mean() > allowed or self.missing() >= missing:
+            left = self.missing()
+            if moved.mean() > allowed or left >= missing:
                 self.write(wanted[self.steps.taught], ridge)
                 break
-            wanted, kl = other, moved
+            wanted, kl, missing = other, moved, left
         return wanted, ridge, kl
 
     def missing(self) -> int:

@@ -329,7 +329,7 @@ class JointLesson(Lesson):
 def passes_of(behind: float) -> tuple[float, float]:
     """How many passes of a lesson's rows, wordings included, it takes as a rule and at most, where so much of the
     model's depth (0 to 1) lies behind the first block that may be taught."""
-    again = (1 + tuned.RIDGE_TRIES + tuned.RIDGE_HALVINGS + tuned.CORRECTED_FURTHER) * tuned.PASSES_AGAIN
+    again = (2 + tuned.RIDGE_TRIES + tuned.CORRECTED_FURTHER) * tuned.PASSES_AGAIN
     most = 1 + 2 * tuned.PASSES + tuned.SURPLUS_SHRINKS * tuned.PASSES_BETWEEN + again
     return 2 + behind * tuned.PASSES / 2, 2 + behind * most
 
