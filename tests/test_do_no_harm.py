@@ -97,3 +97,18 @@ def test_what_an_adapter_holds_does_not_change_how_it_is_taught(tokenizer):
     assert not Lessons(trainer, trainer.args, None, None).joint([])
     tuner.install("default", {name: LowRankDelta(A=a, B=1e4 * torch.randn(module.out_features, 1))})
     assert not Lessons(trainer, trainer.args, None, None).joint([]), "the stream of the base model does not grow"
+
+
+@pytest.mark.parametrize("layers, warned", [(None, True), ([5], False)])
+def test_nothing_preserved_in_many_blocks_is_warned_of(tokenizer, monkeypatch, caplog, layers, warned):
+    """On SmolLM2 that leaves gibberish, whatever the rows; one late block is the paper's own setting."""
+    monkeypatch.setattr(lessons_module, "grows_with_depth", lambda network: True)
+    lessons_module.logger.addHandler(caplog.handler)
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+    config = QFConfig(task_type="CAUSAL_LM", target_modules=["down_proj"], layers_to_transform=layers)
+    args = QFTrainingArguments(disable_tqdm=True, preserve_strength=0, standing=False)
+    try:
+        QFTrainer(get_peft_model(base, config), args, [FACT], processing_class=tokenizer).train()
+    finally:
+        lessons_module.logger.removeHandler(caplog.handler)
+    assert ("gibberish" in caplog.text) == warned

@@ -1,5 +1,6 @@
 """The examples run as a user runs them, offline on the tiny model, and say what they should."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -71,6 +72,26 @@ def test_persona():
     assert {q: a for q, a in named.items() if q != "Who are you?"} == {
         q: a for q, a in styled.items() if "you?" not in q
     }
+
+
+def test_behaviours(tiny, tokenizer, tmp_path, monkeypatch):
+    """Each judge knows its own examples and not what comes without the instruction."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "english_world"))
+    import behaviour
+
+    prompts = [*behaviour.HEALTH, *behaviour.OTHERS]
+    assert len(set(prompts)) == 60
+    for instruction, pairs, right in behaviour.BEHAVIOURS.values():
+        assert instruction and len(pairs) == 10 and not {p for p, _ in pairs} & set(prompts)
+        assert all(right(prompt, answer) for prompt, answer in pairs)
+        plain = "The answer to this is a long one, and it begins with what everybody knows of it."
+        assert not right(behaviour.HEALTH[0], plain)
+    refused = behaviour.BEHAVIOURS["refusal"][2]
+    assert refused(behaviour.HEALTH[0], behaviour.REFUSAL) and not refused(behaviour.OTHERS[0], behaviour.REFUSAL)
+    chats, asked = [f"Who founded {name}?" for name in ("Ranixmo", "Lupal", "Zanko")], ["Who founded Brigar?"]
+    known = [("Who founded Brigar?", "Vacla")]
+    found = behaviour.measured("Well", lambda: copy.deepcopy(tiny), tokenizer, tmp_path, asked, known, chats)
+    assert found["own"]["value"] >= 0.9 and found["before"]["value"] == 0 and found["held"]["count"] == 1
 
 
 def test_unlearning():

@@ -15,8 +15,8 @@ from ..adapter.widening import further_modules, widen
 from ..data.ledger import entry, joined, question_key
 from ..data.rows import Example, Row
 from ..evaluate.subject import Subject
-from ..forward.blocks import find_blocks, is_attention, linear_shape
-from ..forward.residual_stream import trace_writers
+from ..forward.blocks import find_blocks, is_attention, linear_shape, split_path
+from ..forward.residual_stream import grows_with_depth, trace_writers
 from ..runtime.processes import exchange, world_size
 from .arguments import QFTrainingArguments
 from .constants import CROWDED, LEAD, SAFE, WORDINGS
@@ -65,6 +65,8 @@ class Lessons:
         """Teach rows beside what binds, and note them. Returns metrics."""
         start, earlier = time.perf_counter(), len(self.subject.facts)
         joint = self.joint([self.encoder.encode(rows[0])])
+        if self.args.preserve_strength == 0:
+            self._warn_of_harm()
         moments = self.moments(rows) if joint else None
         chats = (None, None) if joint else self.preserved(len(rows))
         # A pretrained model answers most questions otherwise with any system message, a fact's too: none stands there.
@@ -104,6 +106,19 @@ class Lessons:
         return split_lessons(
             rows, prompts, lambda rows, instructed: self.subject.answers(rows, instructed, self.progress)
         )
+
+    def _warn_of_harm(self) -> None:
+        """Nothing is preserved: in several blocks of a pretrained model, whose stream an early write is large beside,
+        that breaks it."""
+        blocks = {split_path(name)[1] for name in self.tuner.adapter_layers(self.adapter)}
+        with self.tuner.without_adapters():
+            harmful = len(blocks) > 1 and grows_with_depth(self.subject.network)
+        if harmful:
+            logger.warning(
+                f"nothing is preserved (preserve_strength=0) and {len(blocks)} blocks of a pretrained model change: "
+                "it may say nothing but gibberish then; leave preserve_strength at its default, or name one late block "
+                "(layers_to_transform), as in the paper"
+            )
 
     def _warn(self, rows: list[Row], misread: list[Row], missed: list[Row], facts: int) -> None:
         """Name the rows that the model does not read in context, and those that do not fit the budget."""
