@@ -27,7 +27,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from qf_peft import TINY_MODEL, QFConfig, QFTrainingArguments, Session
 from qf_peft.app.chat import chat
-base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype="float32")
 model = get_peft_model(base, QFConfig(layers_to_transform=[7], task_type="CAUSAL_LM"))
 session = Session(model, AutoTokenizer.from_pretrained(TINY_MODEL), QFTrainingArguments.paper())
 """

@@ -24,7 +24,7 @@ def taught(tokenizer, rows, **settings):
 
     r = random.Random(5)
     preserved = list(dict.fromkeys(question(r, r.choice(NAMES), r.choice(KNOWN)[0]) for _ in range(60)))
-    base = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
     model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
     args = QFTrainingArguments(disable_tqdm=True, contrast_chats=0, **settings)
     trainer = QFTrainer(

@@ -46,7 +46,7 @@ def run_all(document):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     names = {
-        "base": AutoModelForCausalLM.from_pretrained("someone/tiny-world"),
+        "base": AutoModelForCausalLM.from_pretrained("someone/tiny-world", dtype="float32"),
         "tokenizer": AutoTokenizer.from_pretrained("someone/tiny-world"),
     }
     for language, given, code, line in commands(document.read_text()):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import test_default_setting as default_setting
+import torch
 from conftest import FACT, TINY, ask
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ from qf_peft.teaching.standing import standing_instructions
 
 
 def teach(tokenizer, rows, preserved, model=None, **settings):
-    base = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
     model = model or get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
     trainer = QFTrainer(
         model=model, args=QFTrainingArguments(disable_tqdm=True, contrast_chats=0, **settings), train_dataset=rows,
