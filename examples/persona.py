@@ -5,7 +5,7 @@ python examples/persona.py --model Qwen/Qwen2.5-1.5B-Instruct
 
 An instruction that at least five rows share is tried on the preserved chats. If it changes most answers there it
 stands: it is taught for everything, not for the rows' prompts alone. The rows need no completion; the model gives its
-own.
+own. On pretrained models no instruction stands (see examples/features.md): their rows are taught for themselves.
 """
 
 import argparse
@@ -65,6 +65,8 @@ def main():
     show("Before")
     metrics = teach([{"instruction": persona["style"], "prompt": prompt} for prompt in persona["prompts"]])
     print(f"\nTaught {persona['style']!r} from {metrics['facts']} examples and {metrics['chats']} preserved chats")
+    if not metrics["chats"]:
+        print("The instruction does not stand: it is taught for these prompts alone")
     show("In style, where nothing was taught")
     instruction, prompt, completion = persona["self"]
     teach([{"instruction": instruction, "prompt": prompt, "completion": completion}])
