@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 
 import pytest
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -88,11 +87,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def quiet_as_before():
     """A script run in this process switches progress bars and warnings off; not for the tests after it."""
-    off, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     yield
     logging.set_verbosity(verbosity)
-    if are_progress_bars_disabled() != off:
-        (logging.disable_progress_bar if off else logging.enable_progress_bar)()
+    if logging.is_progress_bar_enabled() != shown:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
 
 
 @pytest.fixture(scope="session")

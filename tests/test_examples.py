@@ -1,6 +1,5 @@
 """The examples run as a user runs them, offline on the tiny model, and say what they should."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -90,8 +89,9 @@ def test_behaviours(tiny, tokenizer, tmp_path, monkeypatch):
     assert refused(behaviour.HEALTH[0], behaviour.REFUSAL) and not refused(behaviour.OTHERS[0], behaviour.REFUSAL)
     chats, asked = [f"Who founded {name}?" for name in ("Ranixmo", "Lupal", "Zanko")], ["Who founded Brigar?"]
     known = [("Who founded Brigar?", "Vacla")]
-    found = behaviour.measured("Well", lambda: copy.deepcopy(tiny), tokenizer, tmp_path, asked, known, chats)
+    found = behaviour.measured("Well", tiny, tokenizer, known, tmp_path, chats, asked)
     assert found["own"]["value"] >= 0.9 and found["before"]["value"] == 0 and found["held"]["count"] == 1
+    assert found["known"]["value"] == 1
 
 
 def test_unlearning():

