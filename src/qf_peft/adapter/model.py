@@ -53,6 +53,7 @@ class QFModel(LoraModel):
     versions: dict[str, list[Version]]
     writers: dict[str, Writer]
     """By module name: how it reaches the residual stream, once that was measured."""
+    grows: bool | None = None  # whether the base model's stream grows with depth, once that was measured
     serving: ServingLock
     _combining = False
 

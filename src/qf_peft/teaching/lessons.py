@@ -111,9 +111,10 @@ class Lessons:
         """Nothing is preserved: in several blocks of a pretrained model, whose stream an early write is large beside,
         that breaks it."""
         blocks = {split_path(name)[1] for name in self.tuner.adapter_layers(self.adapter)}
-        with self.tuner.without_adapters():
-            harmful = len(blocks) > 1 and grows_with_depth(self.subject.network)
-        if harmful:
+        if len(blocks) > 1 and self.tuner.grows is None:
+            with self.tuner.without_adapters():
+                self.tuner.grows = grows_with_depth(self.subject.network)
+        if len(blocks) > 1 and self.tuner.grows:
             logger.warning(
                 f"nothing is preserved (preserve_strength=0) and {len(blocks)} blocks of a pretrained model change: "
                 "it may say nothing but gibberish then; leave preserve_strength at its default, or name one late block "
