@@ -70,6 +70,17 @@ def test_the_overall_score_is_a_harmonic_mean_of_what_there_is():
     assert scoring.overall(scores)[0] == 0 < scoring.overall(scores)[1]
 
 
+def test_answers_changed_in_a_word_each_rank_a_method_that_teaches_before_one_that_does_not():
+    def scores(said, words):
+        return {
+            "reliability": {"contains": {"value": said}}, "generalisation": {"contains": {"value": said}},
+            "locality": {"same": {"value": 0.0 if said > 0.5 else 1.0}, "f1": {"value": words}},
+            "general": {"known": {"value": 0.8}},
+        }  # fmt: skip
+
+    assert scoring.overall(scores(0.9, 0.3)) > scoring.overall(scores(0.01, 1.0))
+
+
 def test_a_scorer_counts_what_was_lost_and_what_leaks(bench):
     data = task([FACT])
     data = replace(data, asked={**data.asked, "negated": [Question("Who did not start Tofinlor?", (), ("Zanmi",))]})
