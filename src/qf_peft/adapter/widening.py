@@ -18,7 +18,7 @@ def further_modules(tuner: QFModel, adapter_name: str) -> list[str]:
     the MLPs' already, or where something was taught to it or it holds something."""
     config = tuner.peft_config[adapter_name]
     layers = tuner.adapter_layers(adapter_name)
-    if not (getattr(config, "modules_by_default", False) and config.grows and all(map(is_attention, layers))):
+    if not (config.modules_by_default and config.grows and all(map(is_attention, layers))):
         return []
     zero = not any(bool(layer.lora_B[adapter_name].weight.any()) for layer in layers.values())
     if adapter_name in tuner.taught or not zero:

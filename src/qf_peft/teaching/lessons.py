@@ -183,16 +183,23 @@ class Lessons:
             return preserved_moments(network, self.encoder, late, self.chats, self.args, self.progress.update)
 
     def modules(self, rows: list[Row]) -> dict[str, nn.Module]:
-        """The modules of this adapter that a joint lesson of these rows may write into, by name."""
+        """The modules of this adapter that a joint lesson of these rows may write into, by name: all of the later half
+        that write into the stream where the user named them; of those chosen here attention's, unless crowded."""
         layers, taught = self.tuner.adapter_layers(self.adapter), self.tuner.taught.get(self.adapter)
         late = self._late(layers)
         if taught is not None and (bound := [name for name in late if name in taught.bound]):
             return {name: layers[name] for name in bound}
         attention = [name for name in late if is_attention(name)]
+        chosen = self.tuner.peft_config[self.adapter].modules_by_default
         if isinstance(self.chats, PreservedStatistics) and self._measured(attention) and not self._measured(late):
+            if not chosen:
+                logger.warning(
+                    "the statistics given hold nothing of the MLPs' projections, so that attention's alone are written "
+                    "into; prepare() of an adapter of these modules measures them"
+                )
             late = attention
-        small = attention and not self._crowded(rows, attention)
-        return {name: layers[name] for name in (attention if small else late)}
+        few = chosen and attention and not self._crowded(rows, attention)
+        return {name: layers[name] for name in (attention if few else late)}
 
     def further(self, rows: list[Row]) -> list[str]:
         """Modules that the adapter does not have yet and a first lesson of these rows takes in, all of the later half:
