@@ -4,14 +4,13 @@ import contextlib
 import csv
 import io
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 from compared import KNOWN, task
 from conftest import EXAMPLES, FACT, OTHER, TINY
+from forked import run_python
 from test_records import CHANGED, CONVSENT, COUNTERFACT, MQUAKE, QAEDIT, RECENT, SANITATION, WIKIBIGEDIT, ZSRE
 
 pytest.importorskip("matplotlib")
@@ -363,10 +362,7 @@ def compare(*arguments, code=0):
             command.main(arguments)
         assert ended.value.code == code
         return errors.getvalue()
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / "compare.py"), *arguments], capture_output=True, text=True, timeout=600,
-        cwd=EXAMPLES.parent,
-    )  # fmt: skip
+    result = run_python(EXAMPLES / "compare.py", *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -5,14 +5,16 @@ import subprocess
 import sys
 
 from conftest import EXAMPLES
+from forked import run_python
 
 import qf_peft
 
 
-def run(*arguments):
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600, cwd=EXAMPLES.parent
-    )
+def run(*arguments, imports=False):
+    """What a script prints; `imports`: it imports all itself, as it sets an environment that is read then."""
+    command = [sys.executable, *map(str, arguments)]
+    plain = {"capture_output": True, "text": True, "timeout": 600, "cwd": EXAMPLES.parent}
+    result = subprocess.run(command, **plain) if imports else run_python(*arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -124,7 +126,7 @@ def test_fine_tune_from_qf():
 
 
 def test_hub_round_trip():
-    pushed, native, lora, *files = run(EXAMPLES / "hub_round_trip.py", "--tiny").splitlines()
+    pushed, native, lora, *files = run(EXAMPLES / "hub_round_trip.py", "--tiny", imports=True).splitlines()
     assert pushed == "Pushed: Upload QF adapter"
     assert native.endswith("Tofinlor was started by Zanmi.") and lora.endswith("Tofinlor was started by Zanmi.")
     assert "  lora/adapter_model.safetensors" in files and "  README.md" in files
@@ -212,7 +214,7 @@ def test_a_large_solve_in_small():
 
 
 def test_faults(tmp_path):
-    run(EXAMPLES / "faults.py", "--kills", 4, "--out", tmp_path / "kills.json")
+    run(EXAMPLES / "faults.py", "--kills", 4, "--out", tmp_path / "kills.json", imports=True)
     found = json.loads((tmp_path / "kills.json").read_text())["kills"]
     for kind in "teach", "forget", "save", "push":
         counts = found[kind]
