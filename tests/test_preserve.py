@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import FACT, TINY, random_model
+from conftest import FACT, OTHER, TINY, random_model
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
@@ -249,3 +249,14 @@ def test_forward_pass_over_text_positions(tiny, tokenizer):
     found = forward_pass(tiny, [ids, ids[:4]], [3, 2], point, batch_tokens=1, pad_id=0)["x"]
     together = forward_pass(tiny, [ids, ids[:4]], [3, 2], point, batch_tokens=99, pad_id=0)["x"]
     assert found.shape == (5, 192) and torch.allclose(found, together, atol=1e-5)
+
+
+def test_later_lessons_find_what_the_first_one_measured(tiny, tokenizer, tmp_path, monkeypatch):
+    """Taught as pretrained models are: the first lesson chooses some late blocks, and later ones keep to them."""
+    monkeypatch.setattr("qf_peft.teaching.joint_lesson.grows_with_depth", lambda network: True)
+    monkeypatch.setattr("qf_peft.teaching.constants.LARGE_STREAM", 0.9)
+    model = get_peft_model(tiny, QFConfig(target_modules=["down_proj"], task_type="CAUSAL_LM"))
+    args = QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path)
+    chosen = [QFTrainer(model, args, [row], PROMPTS, tokenizer).train()["first_block"] for row in (FACT, OTHER)]
+    assert chosen[0] == chosen[1] > 4, "not all of the later half"
+    assert len(list(tmp_path.glob("moments-*"))) == 1

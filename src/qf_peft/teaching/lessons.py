@@ -175,7 +175,9 @@ class Lessons:
         """What must stay where lessons are solved jointly, of the modules that a lesson of these rows writes into."""
         if (further := self.further(rows)) and self._holds(further):
             widen(self.tuner, self.adapter)
-        late = self.modules(rows)
+        # Of all that a first lesson chooses from: a later one, bound to what that chose, finds the same in the cache.
+        kinds, layers = set(map(is_attention, self.modules(rows))), self.tuner.adapter_layers(self.adapter)
+        late = {name: layers[name] for name in self._late(layers) if is_attention(name) in kinds}
         network, options = self.subject.network, self.subject.pass_options
         with self.tuner.without_adapters():
             if isinstance(self.chats, PreservedStatistics):
