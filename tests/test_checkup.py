@@ -5,6 +5,7 @@ import torch
 from conftest import FACT, OTHER
 
 from qf_peft import Session
+from qf_peft.evaluate.checkup import Other
 
 KNOWN, TALK = "Please say who started Brigar.", "What is your name?"
 
@@ -44,6 +45,35 @@ def test_in_other_words(session, monkeypatch, answer, state):
 
     monkeypatch.setattr(metrics, "generate", lambda model, tokenizer, prompts, **_: [(answer, True)] * len(prompts))
     assert session.checkup().facts[0].state == state
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "overlap"),
+    [
+        ("Rome is the capital.", "rome is the capital", 1),
+        ("Rome is the capital.", "The capital is Oslo", 0.75),
+        ("no no no", "no", 0.5),
+        ("Rome", "Oslo", 0),
+        ("", "", 1),
+        ("?", "!", 1),
+    ],
+)
+def test_words_in_common(before, now, overlap):
+    assert Other("x", before, now).overlap == overlap
+
+
+def test_other_questions_are_answered_briefly(session, monkeypatch):
+    import qf_peft.evaluate.metrics as metrics
+
+    most = []
+
+    def generate(model, tokenizer, prompts, *, max_new_tokens, **_):
+        most.append(max_new_tokens)
+        return [("x", True)] * len(prompts)
+
+    monkeypatch.setattr(metrics, "generate", generate)
+    session.checkup([KNOWN])
+    assert most == [session.args.max_new_tokens, 32, 32] and most[0] > 32
 
 
 def test_the_divergence_is_remembered(tmp_path):

@@ -21,6 +21,7 @@ QUESTIONS = (
 
 MARKS = {"said": "✓", "in other words": "≈", "not said": "✗"}
 _SHOWN = 3  # questions with their answers
+_MOVED = 0.5  # of its words an answer has kept: fewer, and it is another answer
 
 
 def as_html(found: Checkup | None, budget: float) -> str:
@@ -33,8 +34,8 @@ def as_html(found: Checkup | None, budget: float) -> str:
     facts, others = (found.facts, found.others) if found else ((), ())
     kl = found.divergence if found else None
     parts = [
-        _share("recall", "Recall", "taught questions answered as taught", [f.state == "said" for f in facts]),
-        _share("locality", "Locality", "other questions answered as before", [o.kept for o in others if facts]),
+        _said([f.state == "said" for f in facts]),
+        _kept([o.overlap for o in others if facts]),
         _gauge(
             "divergence", "Other chats", "how far the last lesson moved the model elsewhere",
             kl, "–" if kl is None else f"{_moved(kl / budget)} ({kl:.3f} nats)", 2 * budget,
@@ -43,19 +44,29 @@ def as_html(found: Checkup | None, budget: float) -> str:
     ]  # fmt: skip
     if facts and others:
         rows = "".join(
-            f"<tr class='{'kept' if o.kept else 'moved'}'><td>{_text(text_of(o.prompt))}</td><td>{_text(o.before)}</td>"
-            f"<td>{'as before' if o.kept else _text(o.now)}</td></tr>"
+            f"<tr class='{'kept' if o.overlap >= _MOVED else 'moved'}'><td>{_text(text_of(o.prompt))}</td>"
+            f"<td>{_text(o.before)}</td><td>{'as before' if o.kept else _text(o.now)}</td></tr>"
             for o in others[:_SHOWN]
         )
         parts.append(f"<table id='others'><tr><th>Question</th><th>Before</th><th>Now</th></tr>{rows}</table>")
     return "".join(parts)
 
 
-def _share(name: str, title: str, meaning: str, hits: list[bool]) -> str:
+def _said(hits: list[bool]) -> str:
     metric: Metric | None = proportion(hits) if hits else None
     text = f"{sum(hits)} of {len(hits)}" if metric else "–"
     tip = f" title='95% interval {metric.low:.2f} to {metric.high:.2f}'" if metric else ""
-    return _gauge(name, title, meaning, metric and metric.value, text, 1, "low='0.5' high='0.9' optimum='1'", tip)
+    colours = "low='0.5' high='0.9' optimum='1'"
+    return _gauge(
+        "recall", "Recall", "taught questions answered as taught", metric and metric.value, text, 1, colours, tip
+    )
+
+
+def _kept(overlaps: list[float]) -> str:
+    share = sum(overlaps) / len(overlaps) if overlaps else None
+    text = "–" if share is None else f"{share:.0%} of {len(overlaps)} answers"
+    meaning = "words that answers to other questions have in common with those before"
+    return _gauge("locality", "Locality", meaning, share, text, 1, f"low='{_MOVED}' high='0.75' optimum='1'")
 
 
 def _gauge(

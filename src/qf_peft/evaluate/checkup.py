@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,8 @@ from ..data.ledger import Entry
 from ..data.rows import Text, text_of
 from .metrics import normalise, prompt_rows
 from .subject import Subject
+
+OTHERS_TOKENS = 32  # of an answer to another question: further on any change of a long answer's words changes the rest
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Other:
         """Whether the answer is the same, but for spaces and punctuation at its end."""
         return normalise(self.before) == normalise(self.now)
 
+    @property
+    def overlap(self) -> float:
+        """The share of words that the answers have in common: F1 of their words, each as often as it is there."""
+        before, now = (Counter(_words(text)) for text in (self.before, self.now))
+        words = before.total() + now.total()
+        return 2 * (before & now).total() / words if words else float(self.kept)
+
 
 @dataclass(frozen=True)
 class Checkup:
@@ -49,7 +59,7 @@ class Checkup:
 
 def checkup(subject: Subject, questions: Sequence[Text] = (), most: int = 50) -> Checkup:
     """Ask for the last `most` facts of an adapter's ledger, and the questions with and without it, by free greedy
-    generation to the model's own stop or the settings' `max_new_tokens`.
+    generation to the model's own stop or the settings' `max_new_tokens`; for the questions to 32 tokens at most.
 
     A fact is *said* if the answer is its completion, and said *in other words* if the answer holds what is new in the
     completion: its words that the instruction has too and the prompt has not.
@@ -62,9 +72,10 @@ def checkup(subject: Subject, questions: Sequence[Text] = (), most: int = 50) ->
     with subject.asking() as progress:
         ask = subject.evaluator(progress)
         answers = ask.answered([entry.row() for entry in entries])
-        now = ask.answered(rows)
+        briefly = subject.evaluator(progress, most_tokens=OTHERS_TOKENS)
+        now = briefly.answered(rows)
         with subject.tuner.without_adapters():
-            before = ask.answered(rows)
+            before = briefly.answered(rows)
     taught = subject.tuner.taught.get(subject.adapter_name)
     return Checkup(
         tuple(Fact(e, text, _state(e, text, ended)) for e, (text, ended) in zip(entries, answers, strict=True)),
@@ -76,9 +87,10 @@ def checkup(subject: Subject, questions: Sequence[Text] = (), most: int = 50) ->
 def _state(entry: Entry, answer: str, ended: bool) -> Literal["said", "in other words", "not said"]:
     if ended and normalise(answer) == normalise(entry.completion):
         return "said"
-    new = (_words(entry.completion) & _words(text_of(entry.instruction))) - _words(text_of(entry.prompt))
-    return "in other words" if new and new <= _words(answer) else "not said"
+    given, asked = set(_words(text_of(entry.instruction))), set(_words(text_of(entry.prompt)))
+    new = set(_words(entry.completion)) & given - asked
+    return "in other words" if new and new <= set(_words(answer)) else "not said"
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.casefold()))
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())

@@ -86,10 +86,11 @@ class Subject(ABC):
         taught = self.tuner.taught.get(self.adapter_name)
         return taught.entries if taught is not None else ()
 
-    def evaluator(self, progress: tqdm) -> Evaluator:
-        """Asks the model with these settings."""
+    def evaluator(self, progress: tqdm, most_tokens: int | None = None) -> Evaluator:
+        """Asks the model with these settings; in fewer tokens than they allow, where `most_tokens` says so."""
+        tokens = min(self.args.max_new_tokens, most_tokens or self.args.max_new_tokens)
         return Evaluator(
-            self.network, self.encoder, batch_tokens=self.args.batch_tokens, max_new_tokens=self.args.max_new_tokens,
+            self.network, self.encoder, batch_tokens=self.args.batch_tokens, max_new_tokens=tokens,
             progress=progress.update,
         )  # fmt: skip
 
