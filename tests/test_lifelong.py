@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_default_setting import facts, questions
 from transformers import AutoModelForCausalLM
 
+import qf_peft.evaluate.subject as subject
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
 from qf_peft.adapter.statistics_file import LEDGER_NAME, STATISTICS_NAME
 
@@ -29,7 +30,7 @@ def fresh(**config):
 
 
 def trainer(model, tokenizer, rows=None, **settings):
-    args = QFTrainingArguments(disable_tqdm=True, contrast_chats=0, **settings)
+    args = QFTrainingArguments(**{"disable_tqdm": True, "contrast_chats": 0, **settings})
     return QFTrainer(
         model=model, args=args, train_dataset=rows, preserve_dataset=questions(40, 1)[0], processing_class=tokenizer
     )
@@ -211,16 +212,25 @@ def test_a_failure_leaves_everything_as_it_was(tokenizer, monkeypatch):
     assert made.facts == (), "what failed is no version"
 
 
-def test_rows_that_lapse_are_rehearsed(tokenizer):
+def test_rows_that_lapse_are_rehearsed(tokenizer, monkeypatch):
     """Twenty facts, four at a time: with rehearsal at least as many are said as without, and the ledger holds all."""
-    rows, said = facts(20, 4), {}
+    rows, said, bars = facts(20, 4), {}, []
+
+    class Bar(subject.RowsBar):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(subject, "RowsBar", Bar)
     for rehearse in (0.0, 1.25):
         model = fresh()
         for start in range(0, 20, 4):
-            made = teach(model, tokenizer, *rows[start : start + 4], rehearse=rehearse)
+            made = teach(model, tokenizer, *rows[start : start + 4], rehearse=rehearse, disable_tqdm=False)
         assert len(made.facts) == 20
         said[rehearse] = sum(ask(model, tokenizer, row["prompt"]) == row["completion"] for row in rows)
     assert said[1.25] >= max(18, said[0.0]), said
+    assert len({bar.total for bar in bars}) > 1, "what is rehearsed counts"
+    assert all(bar.total * 0.9 < bar.n <= bar.total for bar in bars), [(bar.n, bar.total) for bar in bars]
 
 
 def test_killed_at_any_time_the_last_save_loads(tokenizer, tmp_path):

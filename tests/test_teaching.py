@@ -301,12 +301,12 @@ def test_progress_bar_on_long_work(tiny, tokenizer, capsys, monkeypatch):
 
     bars = []
 
-    class Bar(subject.tqdm):
+    class Bar(subject.RowsBar):
         def __init__(self, *args, **kwargs):
             bars.append((self, kwargs.pop("delay")))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(subject, "tqdm", Bar)
+    monkeypatch.setattr(subject, "RowsBar", Bar)
     teach(qf(tiny), tokenizer, facts(4), batch_tokens=2)
     (bar, delay), *more = bars
     assert not more and delay == 2 and (bar.n, bar.total) == (12, 12), "two passes and the solves, of four rows"

@@ -70,6 +70,7 @@ def checkup(subject: Subject, questions: Sequence[Text] = (), most: int = 50) ->
     entries = subject.facts[-most:]
     rows = prompt_rows(questions, "questions") if questions else []
     with subject.asking() as progress:
+        progress.total = len(entries) + 2 * len(rows)
         ask = subject.evaluator(progress)
         answers = ask.answered([entry.row() for entry in entries])
         briefly = subject.evaluator(progress, most_tokens=OTHERS_TOKENS)

@@ -136,7 +136,7 @@ def _measured(
         paraphrase_rows([complete[question_key(row)] for row in trainer.rows], trainer.dataset) if trainer.rows else []
     )
     dates = {(question_key(e), e.completion): e.date for e in trainer.facts}
-    with evaluating(trainer.network), trainer.progress() as progress:
+    with evaluating(trainer.network), trainer.progress("Asking") as progress:
         ask = _Remembering(trainer, progress=progress.update)
         metrics = measure(ask, rows, others, unrelated, texts, ask.base)
         facts = _answered(ask, rows, tokens, dates)

@@ -33,6 +33,13 @@ class Settings(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+class RowsBar(tqdm):
+    """One that parts of a row move, too: what they add up to is rounded, as beyond its end it would warn."""
+
+    def update(self, n: float = 1) -> bool | None:
+        return super().update(round(self.n + n, 6) - self.n)
+
+
 class Subject(ABC):
     """A model and what is to be said of its adapter. [`QFTrainer`] is one."""
 
@@ -126,10 +133,10 @@ class Subject(ABC):
         return [replace(row, completion=completions.get(row.index, row.completion)) for row in rows]
 
     @contextmanager
-    def progress(self) -> Iterator[tqdm]:
-        """A progress bar."""
+    def progress(self, doing: str = "Teaching") -> Iterator[tqdm]:
+        """A progress bar; parts of a row count too."""
         off = self.args.disable_tqdm or are_progress_bars_disabled() or not is_main()
-        with tqdm(desc="Teaching", unit="row", delay=2, leave=False, disable=off) as bar:
+        with RowsBar(desc=doing, unit="row", unit_scale=True, delay=2, leave=False, disable=off) as bar:
             yield bar
 
     @contextmanager
@@ -138,5 +145,5 @@ class Subject(ABC):
         its adapter), and a progress bar."""
         with self.tuner.serving.changing():
             check_teachable(self.model, self.adapter_name)
-            with evaluating(self.network), self.progress() as progress:
+            with evaluating(self.network), self.progress("Asking") as progress:
                 yield progress

@@ -152,6 +152,7 @@ class Lessons:
             rows, examples = [rows[i] for i in missed], [examples[i] for i in missed]
             if not examples:
                 break
+            self.progress.total = (self.progress.total or self.progress.n) + 3 * len(rows) // world_size()
             if joint:
                 JointLesson(self.learner, rows, self.moments(rows), self.args, self.progress.update).run()
             else:
