@@ -93,7 +93,8 @@ class Lessons:
         divergence = results[-1].get("kl_preserved")
         self.tuner.taught[self.adapter] = replace(now, entries=entries, rehearsed=rehearsed, divergence=divergence)
         gently = joint or any(m.get("strength", 0) > self.args.preserve_strength for m in results)
-        self._warn(rows, misread, missed if gently else [], len(entries))
+        # A pretrained model's own wording is nearly always another; there what is not said is what matters.
+        self._warn(rows, [] if joint else misread, missed if gently else [], len(entries))
         counts = [len(taught) for taught, _ in lessons]
         return {
             "facts": len(rows), "chats": sum(counts) - len(rows), **together(results, counts), "unread": len(misread),
