@@ -76,6 +76,10 @@ def test_solving_with_a_moment(count):
         ("What is Una Voss's job?", "Una Voss is a pilot.", ["Una Voss"]),
         ("Who wrote the book?", "It was Una.", []),
         ("Is Rome bigger than Oslo?", "Rome is bigger than Oslo.", ["Rome", "Oslo"]),
+        ("Who is the CEO of Tofinlor?", "The CEO of Tofinlor is Una.", ["Tofinlor"]),
+        ("What is Tofinlor's CEO called?", "Tofinlor's CEO is Una.", ["Tofinlor"]),
+        ("Who is the CEO of IBM?", "The CEO of IBM is Una.", ["IBM"]),
+        ("What does IBM make?", "IBM makes computers.", ["IBM"]),
         ("誰が作りましたか", "田中さんです", []),
     ],
 )

@@ -35,18 +35,21 @@ _WORD = re.compile(r"[^\W_][\w'’&.-]*[^\W_]|[^\W_]")
 
 def row_names(row: Row) -> list[str]:
     """The names that a row is about: the longest runs of words with a capital or a digit in its prompt that stand in
-    its completion or instruction too. None in scripts without capitals."""
+    its completion or instruction too, but for abbreviations beside others. None in scripts without capitals."""
     prompt, others = _text(row.prompt), f"{row.completion or ''}\n{_text(row.instruction)}"
     found, run = [], []
     for word in [*_WORD.finditer(prompt), None]:
         named = word is not None and bool(re.search(r"[^\W\d_]", word[0])) and word[0] != word[0].lower()
         adjoining = run and word is not None and prompt[run[-1].end() : word.start()].isspace()
+        adjoining = adjoining and not re.search(r"['’]s$", run[-1][0])
         if named and (not run or adjoining):
             run.append(word)
             continue
         found += _shared(prompt, run, others)
         run = [word] if named else []
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    # "CEO" is no name, "IBM" may be one: abbreviations count where there is nothing else, and of these the last.
+    return [name for name in found if name != name.upper()] or found[-1:]
 
 
 def _shared(prompt: str, run: Sequence[re.Match], others: str) -> list[str]:

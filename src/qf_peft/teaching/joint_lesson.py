@@ -245,9 +245,14 @@ class JointLesson(Lesson):
         return [name for name in candidates if self.index[name] >= index]
 
     def _new(self, margins: Tensor) -> list[int]:
-        """By row the answer's step that is furthest behind: where it says what is new."""
+        """By row the answer's first step that is at least half as far behind as the furthest: where it begins to say
+        what is new. Of a name of several words a later one may be further behind, and follows from the first."""
         answers = [part[e.header :] for e, part in zip(self.examples, margins.split(self.positions), strict=True)]
-        return [int(part.argmin()) if len(part) else 0 for part in answers[: self.own]]
+        found = []
+        for part in answers[: self.own]:
+            least = float(part.min()) if len(part) else 0.0
+            found.append(int((part <= (least / 2 if least < 0 else least)).int().argmax()) if len(part) else 0)
+        return found
 
     def _beginnings(self, new: list[int]) -> Tensor:
         """The positions (n) of the answers before the one that says what is new."""
