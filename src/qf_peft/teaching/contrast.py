@@ -30,6 +30,12 @@ _ENDS = (
     "a ia o on en er is in ent ard eld ford ham ley ton ville mont bury dale wick stein berg aro ino ett ock und ax ix "
     "ica ora ano ius ova ekk"
 ).split()
+# What sentences begin with, which is no name though it has a capital there.
+_BEGINNINGS = frozenset(
+    "a an the in on at of for from to by with and or if it its he his she her they their we our you your i my this "
+    "that these those who whom whose what which where when why how is are was were do does did can could has have had there "
+    "please tell give say name".split()
+)
 _WORD = re.compile(r"[^\W_][\w'’&.-]*[^\W_]|[^\W_]")
 
 
@@ -47,7 +53,7 @@ def row_names(row: Row) -> list[str]:
             continue
         found += _shared(prompt, run, others)
         run = [word] if named else []
-    found = list(dict.fromkeys(found))
+    found = [name for name in dict.fromkeys(found) if name.lower() not in _BEGINNINGS]
     # "CEO" is no name, "IBM" may be one: abbreviations count where there is nothing else, and of these the last.
     return [name for name in found if name != name.upper()] or found[-1:]
 
