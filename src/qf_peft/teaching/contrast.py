@@ -33,8 +33,8 @@ _ENDS = (
 # What sentences begin with, which is no name though it has a capital there.
 _BEGINNINGS = frozenset(
     "a an the in on at of for from to by with and or if it its he his she her they their we our you your i my this "
-    "that these those who whom whose what which where when why how is are was were do does did can could has have had there "
-    "please tell give say name".split()
+    "that these those who whom whose what which where when why how is are was were do does did can could has have had "
+    "there please tell give say name".split()
 )
 _WORD = re.compile(r"[^\W_][\w'’&.-]*[^\W_]|[^\W_]")
 
