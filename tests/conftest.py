@@ -84,14 +84,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+VERBOSITY = logging.get_verbosity()
+
+
 @pytest.fixture(autouse=True)
 def quiet_as_before():
-    """A script run in this process switches progress bars and warnings off; not for the tests after it."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    if logging.is_progress_bar_enabled() != shown:
-        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    """A script or command run in this process switches progress bars and warnings off; not for the tests after it, nor
+    where a fixture of a whole file did."""
+    logging.set_verbosity(VERBOSITY)
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")
