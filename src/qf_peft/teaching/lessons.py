@@ -174,7 +174,8 @@ class Lessons:
             return suits(network, names, blocks, self.tuner.writers, ids[:8], self.args)
 
     def moments(self, rows: list[Row]) -> PreservedMoments:
-        """What must stay where lessons are solved jointly, of the modules that a lesson of these rows writes into."""
+        """What must stay where lessons are solved jointly, of all late modules of the kinds that a lesson of these rows
+        writes into."""
         if (further := self.further(rows)) and self._holds(further):
             widen(self.tuner, self.adapter)
         # Of all that a first lesson chooses from: a later one, bound to what that chose, finds the same in the cache.
@@ -194,15 +195,11 @@ class Lessons:
         if taught is not None and (bound := [name for name in late if name in taught.bound]):
             return {name: layers[name] for name in bound}
         attention = [name for name in late if is_attention(name)]
-        chosen = self.tuner.peft_config[self.adapter].modules_by_default
-        if isinstance(self.chats, PreservedStatistics) and self._measured(attention) and not self._measured(late):
-            if not chosen:
-                logger.warning(
-                    "the statistics given hold nothing of the MLPs' projections, so that attention's alone are written "
-                    "into; prepare() of an adapter of these modules measures them"
-                )
+        if not self.tuner.peft_config[self.adapter].modules_by_default:
+            return {name: layers[name] for name in late}
+        if attention and isinstance(self.chats, PreservedStatistics) and not self._measured(late):
             late = attention
-        few = chosen and attention and not self._crowded(rows, attention)
+        few = attention and not self._crowded(rows, attention)
         return {name: layers[name] for name in (attention if few else late)}
 
     def further(self, rows: list[Row]) -> list[str]:
