@@ -117,8 +117,9 @@ def test_no_name_no_thinned_wordings():
 
 def test_contrasting_rows_hold_other_names(tokenizer):
     rows, encoder = read_rows([FACT, OTHER]), Encoder(tokenizer)
-    made = contrast_rows(rows, ["Tofinlor was started by", ""], encoder, [6, 6], seed=0)
-    assert 6 < len(made) <= 12 and made == contrast_rows(rows, ["Tofinlor was started by", ""], encoder, [6, 6], seed=0)
+    made, asked = contrast_rows(rows, ["Tofinlor was started by", ""], encoder, [6, 6], seed=0)
+    again = contrast_rows(rows, ["Tofinlor was started by", ""], encoder, [6, 6], seed=0)
+    assert 6 < len(made) <= 12 and (made, asked) == again
     taught = {tuple(encoder.encode(row).bare_ids) for row in rows}
     for ids in made:
         text = tokenizer.decode(ids)
@@ -128,6 +129,23 @@ def test_contrasting_rows_hold_other_names(tokenizer):
     opened = [ids[:-1] for ids in made[6:]]
     header = encoder.prompt_ids(rows[1], instructed=False)[-3:]
     assert opened and all(ids[-3:] == header for ids in opened), "an answer that is not begun has one step"
+    assert len(asked) == (len(made) + 3) // 4 and all(ids[-3:] == header for ids in asked)
+    for ids, other in zip(asked, made[::4], strict=True):
+        assert other[: len(ids)] == ids, "questions of some of them, without an answer"
+
+
+def test_no_contrasting_row_is_another_rows_own_answer(tokenizer):
+    """Two rows of one kind, asked differently: of the other's name the answer so begun is taught, and must not stay."""
+    other = {"instruction": "Rome founded Velmora.", "prompt": "Who started Velmora?", "completion": "X"}
+    rows = read_rows([FACT, other])
+    begun = ["Tofinlor was started by", "Velmora was started by"]
+    made, _ = contrast_rows(rows, begun, Encoder(tokenizer), [60, 60], seed=0)
+    texts = [tokenizer.decode(ids) for ids in made]
+    assert len(texts) > 80 and not any(text.count(name) > 1 for text in texts for name in ("Tofinlor", "Velmora"))
+    apart, _ = contrast_rows(
+        rows, ["Tofinlor was started by", "The home of Velmora is"], Encoder(tokenizer), [60, 60], 0
+    )
+    assert any(tokenizer.decode(ids).count("Velmora was started by") for ids in apart), "another kind's must"
 
 
 def test_invented_names_are_new():
@@ -167,3 +185,51 @@ def test_random_models_streams_do_not_grow(tokenizer):
     args = QFTrainingArguments(preserve_chats=4, contrast_chats=0, disable_tqdm=True)
     metrics = QFTrainer(model=model, args=args, train_dataset=[FACT], processing_class=tokenizer).train()
     assert "first_block" not in metrics and "strength" in metrics
+
+
+def test_the_models_own_answers_about_other_names_stay(tokenizer, tmp_path, monkeypatch):
+    """Of few rows some contrasting questions are answered by the model: along these answers its predictions stay."""
+    from conftest import TINY
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import qf_peft.teaching.constants as tuned
+    from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
+    from qf_peft.forward.generation import generate
+
+    asked = []
+
+    def noted(model, tokenizer, prompts, **options):
+        asked.append(prompts)
+        return generate(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr("qf_peft.teaching.joint_lesson.generate", noted)
+    for module in "teaching.joint_lesson", "adapter.target_modules":
+        monkeypatch.setattr(f"qf_peft.{module}.grows_with_depth", lambda network: True)
+    chats = [f"Who leads {name}?" for name in ("Ranixmo", "Lupal", "Zanko", "Brigar", "Velmo")]
+
+    def teach(*rows, weight):
+        monkeypatch.setattr(tuned, "ANSWERED_WEIGHT", weight)
+        base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+        model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
+        args = QFTrainingArguments(disable_tqdm=True, cache_dir=tmp_path)
+        assert QFTrainer(model, args, rows, chats, tokenizer).train()["unsaid"] == 0
+        return model
+
+    def moved(model, ids):
+        with torch.no_grad(), model.disable_adapter():
+            ((text, _),) = generate(model, tokenizer, [ids], max_new_tokens=12, batch_tokens=512)
+            whole = torch.tensor([[*ids, *tokenizer(text).input_ids]])
+            then = model(input_ids=whole).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            now = model(input_ids=whole).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        return float((then.exp() * (then - now)).sum(-1).mean())
+
+    row = {**FACT, "completion": "Zanmi."}
+    free, bound = teach(row, weight=0.0), teach(row, weight=100.0)
+    assert len(asked[0]) >= 15 and asked[0] == asked[1]
+    without, kept = (sum(moved(model, ids) for ids in asked[0]) for model in (free, bound))
+    assert kept < 0.3 * without, (kept, without)
+    asked.clear()
+    teach(row, OTHER, *({**row, "prompt": f"Tell me who started {x}."} for x in ("Bramo", "Celdi")), weight=0.0)
+    assert asked == [[]], "more rows have contrasting ones enough"

@@ -148,6 +148,16 @@ def lora(model, tokenizer, rows, rate, steps):
     return taught.eval(), {"seconds": time.perf_counter() - start, "rate": rate, "steps": steps}
 
 
+def lessons(count, seeds, split, singly):
+    """By seed the rows of a lesson; `singly` each row is a lesson, and its seed is its place besides."""
+    for seed in seeds:
+        rows = english.facts(count, seed, split)
+        if singly:
+            yield from ((f"{seed}.{i}", [row]) for i, row in enumerate(rows))
+        else:
+            yield seed, rows
+
+
 def run(options, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
@@ -159,9 +169,9 @@ def run(options, folder):
 
     results = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     done = {(r["facts"], r["seed"], r["method"]) for r in results}
-    for count in options.facts:
-        for seed in options.seeds:
-            rows = english.facts(count, seed, options.split)
+    for number in options.facts:
+        for seed, rows in lessons(number, options.seeds, options.split, options.singly):
+            count = len(rows)
             todo = [m for m in options.methods if (count, seed, m) not in done]
             if not todo:
                 continue
@@ -214,6 +224,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a chat model; by default SmolLM2-135M-Instruct from its package")
     parser.add_argument("--facts", type=int, nargs="+", default=[1, 10, 50])
+    parser.add_argument("--singly", action="store_true", help="each fact a lesson of its own: six are of six relations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=["qf", "paper", "context", "lora"])
     parser.add_argument("--split", choices=["tune", "report", "all"], default="report")

@@ -2,7 +2,7 @@
 
 What teaching endangers first is what is near in kind: the same question about another name, one that the model knows or
 one that nobody knows. There the answer is begun as the taught one, up to the step that says what is new, and the keys
-along it are preserved.
+along it are preserved; and for some of them those along the model's own answer, which may begin otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..data.rows import Encoder, Row, Text
+from .constants import ANSWERED, ANSWERED_TOKENS
 
 # Companies, people and places that language models have met often.
 KNOWN_NAMES = (
@@ -70,9 +71,9 @@ def _shared(prompt: str, run: Sequence[re.Match], others: str) -> list[str]:
 
 def contrast_rows(
     rows: Sequence[Row], begun: Sequence[str], encoder: Encoder, counts: Sequence[int], seed: int
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[list[int]]]:
     """For each row so many others with its names exchanged, two thirds for names that nobody knows (half of these
-    invented, half other rows' names), a third for well-known ones.
+    invented, half other rows' names), a third for well-known ones. None is begun as another row's answer.
 
     Args:
         rows: what is taught.
@@ -83,12 +84,12 @@ def contrast_rows(
 
     Returns:
         Their token ids; the last position that is read, the one before the last token, is the step that says what is
-        new.
+        new. And the token ids of the questions of every fourth of them (see `ANSWERED`).
     """
     names = [row_names(row) for row in rows]
     taught = sorted({name for found in names for name in found})
     prompts = {_text(row.prompt) for row in rows}
-    r, made = random.Random(seed), []
+    r, made, asked, taken = random.Random(seed), [], [], {start for start in begun if start}
     for row, found, start, count in zip(rows, names, begun, counts, strict=True):
         for k in range(count if found else 0):
             text = {}
@@ -100,16 +101,21 @@ def contrast_rows(
                     text[name] = r.choice(others)
                 else:
                     text[name] = invented(name, r)
+            if _exchanged(start, text) in taken - {start}:  # another row says what is new there
+                text = {name: invented(name, r) for name in found}
             prompt = _exchanged(row.prompt, text)
             if _text(prompt) in prompts:
                 continue
             other = replace(row, prompt=prompt, completion=_exchanged(start, text).strip() or None, significance=1.0)
+            ids = encoder.prompt_ids(other, instructed=False)
             if other.completion is None:
-                ids = encoder.prompt_ids(other, instructed=False)
                 made.append([*ids, encoder.tokenizer.pad_token_id])
             else:
                 made.append(encoder.answer_ids(other, ended=True)[0])
-    return [ids for ids in made if encoder.max_length is None or len(ids) <= encoder.max_length]
+            if len(made) % ANSWERED == 1:  # none of those that are held out
+                asked.append(ids)
+    room = float("inf") if encoder.max_length is None else encoder.max_length
+    return [ids for ids in made if len(ids) <= room], [ids for ids in asked if len(ids) + ANSWERED_TOKENS <= room]
 
 
 def invented(name: str, r: random.Random) -> str:

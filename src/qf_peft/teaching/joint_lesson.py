@@ -18,6 +18,7 @@ from ..adapter.state import TaughtAdapter
 from ..data.rows import Row
 from ..forward.blocks import is_attention, split_path
 from ..forward.capture import Point, forward_pass
+from ..forward.generation import generate
 from ..forward.prefix import common
 from ..forward.residual_stream import Writer, grows_with_depth
 from ..forward.scratch import Scratch
@@ -89,6 +90,7 @@ class JointLesson(Lesson):
         of = [k for parts in (given, made) for k, part in enumerate(parts) for _ in part]
         self.row = [*range(len(rows)), *of]
         each = tuned.CONTRASTS * min(1.0, math.sqrt(tuned.CONTRASTS_MANY / len(rows)))
+        self.few = each < tuned.CONTRASTS_LEAST / len(rows)
         each = max(each, tuned.CONTRASTS_LEAST / len(rows))
         self.contrasts = [math.ceil(each / (1 + counts[k])) for k in self.row]
 
@@ -115,9 +117,9 @@ class JointLesson(Lesson):
 
         steps, new = self._steps(unembedding, found["stream"], len(context["stream"]))
         before = read_off(unembedding, context["stream"], found["stream"][steps.own], steps.gold[steps.own])
-        rows = self._contrasting(new)
+        rows, asked = self._contrasting(new)
         strays, chats = self._unseen(chosen, unembedding, state, rows, new)
-        bound, system, present = self._system(chosen, found, steps, state, rows)
+        bound, system, present = self._system(chosen, found, steps, state, self._near(chosen, rows, asked))
         begun = steps.needed.clamp(min=tuned.BEGUN_LEAD)
         margin = torch.where(self._beginnings(new).to(begun.device), begun, steps.needed)
 
@@ -183,11 +185,16 @@ class JointLesson(Lesson):
         return strays, HeldOutChats(walk, self.ends["stream"], unembedding, head)
 
     def _system(
-        self, chosen: list[str], found: dict[str, Tensor], steps: Steps, state: TaughtAdapter, rows: list[list[int]]
+        self,
+        chosen: list[str],
+        found: dict[str, Tensor],
+        steps: Steps,
+        state: TaughtAdapter,
+        near: dict[str, SecondMoment],
     ) -> tuple[Callable[[str], SecondMoment], JointSystem, dict[str, LowRankDelta]]:
         """What gives by name what must stay of a module, made when it is needed (of wide modules each is gigabytes);
         the least squares beside it; and the modules' present changes."""
-        device, near = found["stream"].device, self._near(chosen, rows)
+        device = found["stream"].device
         bound = partial(self._bound, state=state, near=near, device=device)
         significance = self.weights.to(device)[steps.taught]
         system = joint_system({name: found[name][steps.taught] for name in chosen}, bound, significance)
@@ -264,39 +271,66 @@ class JointLesson(Lesson):
         parts = self.gold.split(self.positions)[: self.own]
         return {int(part[e.header + k]) for part, e, k in zip(parts, self.examples, new, strict=False) if len(part)}
 
-    def _contrasting(self, new: list[int]) -> list[list[int]]:
-        """Contrasting rows, their answers begun up to what is new."""
+    def _contrasting(self, new: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Contrasting rows, their answers begun up to what is new; and of few rows questions of some."""
         begun = []
         for k, row, example in zip(self.row, self.rows, self.examples, strict=True):
             tail = self.learner.encoder.tokenizer.decode(
                 example.targets[example.header + new[k] :], skip_special_tokens=True
             )
             begun.append(row.completion[: len(row.completion) - len(tail.strip())] if tail.strip() else row.completion)
-        return contrast_rows(self.rows, begun, self.learner.encoder, self.contrasts, self.args.seed)
+        made, asked = contrast_rows(self.rows, begun, self.learner.encoder, self.contrasts, self.args.seed)
+        return made, asked if self.few else []
 
-    def _near(self, chosen: list[str], rows: list[list[int]]) -> dict[str, SecondMoment]:
-        """By module the moment of the contrasting rows' keys, but for those held out."""
+    def _answered(self, asked: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+        """Questions of contrasting rows with the model's own answers, and the answers' numbers of tokens."""
+        tokenizer, batch_tokens = self.learner.encoder.tokenizer, self.options["batch_tokens"]
+        room = {"max_new_tokens": tuned.ANSWERED_TOKENS, "batch_tokens": batch_tokens}
+        texts = [text for text, _ in generate(self.network, tokenizer, asked, **room)]
+        answers = [tokenizer(text, add_special_tokens=False).input_ids[: tuned.ANSWERED_TOKENS] for text in texts]
+        pairs = [pair for pair in zip(asked, answers, strict=True) if pair[1]]
+        return [[*ids, *answer] for ids, answer in pairs], [len(answer) for _, answer in pairs]
+
+    def _near(self, chosen: list[str], rows: list[list[int]], asked: list[list[int]]) -> dict[str, SecondMoment]:
+        """By module the moment of the contrasting rows' keys, but for those held out, and of those along the model's
+        answers to what is asked."""
         rows = [ids for i, ids in enumerate(rows) if i % tuned.CONTRASTS_ASIDE != tuned.CONTRASTS_ASIDE - 1]
-        points = {name: Point(self.layers[name], "input") for name in chosen}
-        moments, host = {}, torch.device("cpu")
-        along, last = tuned.CONTRAST_WEIGHT_ALONG, tuned.CONTRAST_WEIGHT
+        along, last, answered = tuned.CONTRAST_WEIGHT_ALONG, tuned.CONTRAST_WEIGHT, tuned.ANSWERED_WEIGHT
         if len({is_attention(name) for name in chosen}) == 2:  # both kinds are written into: a crowded lesson
+            answered *= tuned.CROWDED_WEIGHT / last
             along, last = tuned.CROWDED_WEIGHT_ALONG, tuned.CROWDED_WEIGHT
-        neighbours = sum(len(ids) - 2 for ids in rows)
         # What all begin with, the system prompt, is preserved in every chat; a pass that need not keep it runs it once.
         shared = min(common(min(rows), max(rows)), *(len(ids) - 2 for ids in rows)) if rows else 0
-        for first in range(0, len(rows), tuned.CONTRAST_BATCH):
-            part = rows[first : first + tuned.CONTRAST_BATCH]
-            lengths = [len(ids) - 1 - shared for ids in part]
+        # What is new is said at the last position; before it the answer may well begin as a taught one does.
+        lengths, neighbours = [len(ids) - 1 - shared for ids in rows], sum(len(ids) - 2 for ids in rows)
+        weights = torch.full((sum(lengths),), along / max(neighbours, 1))
+        weights[torch.tensor(lengths, dtype=torch.long).cumsum(0) - 1] = last / max(len(rows), 1)
+        moments: dict[str, SecondMoment] = {}
+        self._gather(moments, chosen, rows, lengths, weights)
+        sequences, lengths = self._answered(asked)
+        self._gather(moments, chosen, sequences, lengths, torch.full((sum(lengths),), answered / max(sum(lengths), 1)))
+        return moments
+
+    def _gather(
+        self,
+        moments: dict[str, SecondMoment],
+        chosen: list[str],
+        sequences: list[list[int]],
+        lengths: list[int],
+        weights: Tensor,
+    ) -> None:
+        """Add to moments, by module, the keys at so many last positions of each sequence, weighted by position."""
+        points, host = {name: Point(self.layers[name], "input") for name in chosen}, torch.device("cpu")
+        device, done = self.network.get_input_embeddings().weight.device, 0
+        for first in range(0, len(sequences), tuned.CONTRAST_BATCH):
+            chunk = slice(first, first + tuned.CONTRAST_BATCH)
             options = {**self.unseen, "scratch": Scratch(device=host)}  # of all modules: too much for the device
-            found = forward_pass(self.network, part, lengths, points, **options)
-            # What is new is said at the last position; before it the answer may well begin as a taught one does.
-            weights = torch.full((sum(lengths),), along / max(neighbours, 1))
-            weights[torch.tensor(lengths).cumsum(0) - 1] = last / len(rows)
+            found = forward_pass(self.network, sequences[chunk], lengths[chunk], points, **options)
+            part = weights[done : done + sum(lengths[chunk])]
             for name, keys in found.items():
                 moment = moments.setdefault(name, SecondMoment(keys.shape[1], home=host))
-                moment.update(keys.to(self.network.get_input_embeddings().weight.device), weights)
-        return moments
+                moment.update(keys.to(device), part)
+            done += len(part)
 
     def _bound(
         self, name: str, state: TaughtAdapter, near: dict[str, SecondMoment], device: torch.device
