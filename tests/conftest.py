@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,7 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as below a shell's "&";
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qf_peft-tests-")  # where preserved keys are cached
+CACHES = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qf_peft-tests-")  # where preserved keys are cached
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other on a busy machine
@@ -82,6 +83,10 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHES, ignore_errors=True)
 
 
 VERBOSITY = logging.get_verbosity()
