@@ -142,9 +142,8 @@ def test_no_contrasting_row_is_another_rows_own_answer(tokenizer):
     made, _ = contrast_rows(rows, begun, Encoder(tokenizer), [60, 60], seed=0)
     texts = [tokenizer.decode(ids) for ids in made]
     assert len(texts) > 80 and not any(text.count(name) > 1 for text in texts for name in ("Tofinlor", "Velmora"))
-    apart, _ = contrast_rows(
-        rows, ["Tofinlor was started by", "The home of Velmora is"], Encoder(tokenizer), [60, 60], 0
-    )
+    begun[1] = "The home of Velmora is"
+    apart, _ = contrast_rows(rows, begun, Encoder(tokenizer), [60, 60], seed=0)
     assert any(tokenizer.decode(ids).count("Velmora was started by") for ids in apart), "another kind's must"
 
 

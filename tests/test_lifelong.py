@@ -212,7 +212,7 @@ def test_a_failure_leaves_everything_as_it_was(tokenizer, monkeypatch):
     assert made.facts == (), "what failed is no version"
 
 
-def test_rows_that_lapse_are_rehearsed(tokenizer, monkeypatch):
+def test_rows_that_lapse_are_rehearsed(tokenizer):
     """Twenty facts, four at a time: with rehearsal at least as many are said as without, and the ledger holds all."""
     rows, said = facts(20, 4), {}
     for rehearse in (0.0, 1.25):
