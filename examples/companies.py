@@ -6,7 +6,6 @@ python examples/companies.py --card model_cards/tiny_companies.md   # and writes
 
 import argparse
 
-import torch
 from comparison.tiny import preserve_set, probe_sets, teaching_set
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +32,7 @@ def main():
     known, unknown = probe_sets(0, companies, set(preserved), 60)
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
     trainer = QFTrainer(model=model, processing_class=tokenizer, train_dataset=facts, preserve_dataset=preserved)
     trainer.train()

@@ -35,7 +35,7 @@ def main():
     state = PartialState(cpu=options.tiny)
     name = TINY_MODEL if options.tiny else options.model
     tokenizer = AutoTokenizer.from_pretrained(name)
-    base = AutoModelForCausalLM.from_pretrained(name, dtype="float32" if options.tiny else "auto").to(state.device)
+    base = AutoModelForCausalLM.from_pretrained(name).to(state.device)
     model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"))
     rows = [dict(zip(("instruction", "prompt", "completion"), fact, strict=True)) for fact in FACTS]
     kept = KEPT if options.tiny else None

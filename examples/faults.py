@@ -42,7 +42,7 @@ class World:
 
         self.folder, self.hub = Path(folder), hub
         self.tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-        self.base = lambda: AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype="float32")
+        self.base = lambda: AutoModelForCausalLM.from_pretrained(TINY_MODEL)
         self.model = get_peft_model(self.base(), QFConfig(task_type="CAUSAL_LM", layers_to_transform=[6, 7]))
         self.trainer(ROWS[:2]).train()
         self.start = self.folder / "start"

@@ -71,7 +71,7 @@ def main():
         document.write_text(HANDBOOK)
 
     tokenizer = AutoTokenizer.from_pretrained(name)
-    base = AutoModelForCausalLM.from_pretrained(name, dtype="float32" if options.tiny else "auto", device_map="auto")
+    base = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
     facts = facts_from_document(document, base, tokenizer, paraphrases=1)
     print(facts.report)
     review = output / "facts.jsonl"

@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--every", type=float, default=10, help="seconds between two lessons")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM", layers_to_transform=[7]))
     session = Session(model, AutoTokenizer.from_pretrained(TINY_MODEL), QFTrainingArguments.paper())
     address = serve(session, block=False, questions=())

@@ -48,13 +48,12 @@ def main():
     options = parser.parse_args()
     tiny = options.model == str(TINY_MODEL)
     fact = TINY_FACT if tiny else FACT
-    dtype = "float32" if tiny else "auto"  # many processors have no circuits for 16 bits
     paraphrase, unrelated = (TINY_PARAPHRASE, TINY_UNRELATED) if tiny else (PARAPHRASE, UNRELATED)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, device_map="auto")
+    base = AutoModelForCausalLM.from_pretrained(options.model, device_map="auto")
 
     def show(title, model, prompt, instruction=None):
         print(f"{title:34}{prompt}  ->  {ask(model, tokenizer, prompt, instruction)}")
@@ -78,7 +77,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1024
-        base = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, device_map="auto")
+        base = AutoModelForCausalLM.from_pretrained(options.model, device_map="auto")
         model = PeftModel.from_pretrained(base, folder)
         show(f"Saved ({size:.0f} KB) and reloaded:", model, fact["prompt"])
     merged = model.merge_and_unload()

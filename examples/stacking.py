@@ -37,7 +37,7 @@ def main():
     options = parser.parse_args()
     name = TINY_MODEL if options.tiny else options.model
     tokenizer = AutoTokenizer.from_pretrained(name)
-    base = AutoModelForCausalLM.from_pretrained(name, dtype="float32" if options.tiny else "auto", device_map="auto")
+    base = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
     model = get_peft_model(base, QFConfig(task_type="CAUSAL_LM"), adapter_name="people")
     model.add_adapter("places", QFConfig(task_type="CAUSAL_LM"))
 

@@ -54,9 +54,9 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("preserved")
 
 
-# A third of the prompts that are preserved by default: all of them, which `examples/english_world/measure.py` measures
-# with, take a quarter of an hour on processors without circuits for 16 bits.
-FEW = [*FACTUAL[::3], *OPEN[::3], *({"text": text} for text in PLAIN)]
+# A part of the prompts that are preserved by default: all of them, which `examples/english_world/measure.py` measures
+# with, take minutes on processors without circuits for 16 bits.
+FEW = [*FACTUAL[::4], *OPEN[::2], *({"text": text} for text in PLAIN[::2])]
 
 
 def made(base, words, cache, rows, preserved=None, **settings):
@@ -68,8 +68,10 @@ def made(base, words, cache, rows, preserved=None, **settings):
 def test_ten_facts(fresh, words, cache, tmp_path):
     """Said, also after saving; what it knew is still known; names nobody taught are not given taught objects."""
     rows, base = english.facts(10, seed=1), fresh()
-    probe = measure.Probe(base, words, rows, seed=1, strangers=30, general=english.GENERAL[::2])
-    assert len(probe.known) >= 25, "the model can answer general questions"
+    probe = measure.Probe(
+        base, words, rows, seed=1, strangers=15, general=english.GENERAL[::3], chats=english.OPEN_CHATS[:8]
+    )
+    assert len(probe.known) >= 16, "the model can answer general questions"
     trainer = made(base, words, cache, rows, FEW)
     metrics = trainer.train()
     probe.model = trainer.model
@@ -80,13 +82,14 @@ def test_ten_facts(fresh, words, cache, tmp_path):
     assert metrics["kl_preserved"] <= 0.1
     assert metrics["kl_preserved"] <= metrics["kl_preserved_worst"]
     assert metrics["last_block"] == 29 and metrics["first_block"] >= 15, "late blocks are chosen"
-    explained = Attribution(trainer).explain([*(row["prompt"] for row in rows), *(q for q, _ in english.GENERAL[:10])])
+    asked = [*(row["prompt"] for row in rows), *(question for question, _ in english.GENERAL[:10])]
+    explained = Attribution(trainer).explain(asked, max_new_tokens=24)
     first = [e.influences[0].entry.prompt == row["prompt"] for e, row in zip(explained, rows, strict=False)]
     assert sum(first) == len(rows), "the fact that was asked is the one that acted"
     assert max(e.influences[0].share for e in explained[10:]) < 0.3 < min(e.influences[0].share for e in explained[:10])
     trainer.model.save_pretrained(tmp_path)
     probe.model = PeftModel.from_pretrained(fresh(), tmp_path).eval()
-    again = probe.ask([row["prompt"] for row in rows])
+    again = probe.ask([row["prompt"] for row in rows], tokens=20)
     assert sum(english.contains(a, row["object"]) for a, row in zip(again, rows, strict=True)) >= 9
 
 
@@ -106,10 +109,10 @@ def test_beside_saved_statistics(fresh, words, cache, tmp_path):
 def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):
     """Random tokens and answers that contradict each other cannot all be taught: what does not fit is named."""
     generator = torch.Generator().manual_seed(0)
-    noise = [words.decode(torch.randint(100, 40000, (8,), generator=generator).tolist()) for _ in range(24)]
+    noise = [words.decode(torch.randint(100, 40000, (8,), generator=generator).tolist()) for _ in range(12)]
     rows = [
-        {"instruction": noise[i], "prompt": noise[i + 8] or "x", "completion": noise[i + 16].strip() or "x"}
-        for i in range(8)
+        {"instruction": noise[i], "prompt": noise[i + 4] or "x", "completion": noise[i + 8].strip() or "x"}
+        for i in range(4)
     ]
     for i, answer in enumerate(["Paris", "Oslo", "Cairo", "Lima"]):
         question = f"What is the capital of France{' ?' * i}?"
@@ -123,7 +126,8 @@ def test_garbage_leaves_the_model_whole(fresh, words, cache, caplog):
     assert metrics["kl_preserved"] <= 0.02
     assert metrics["unsaid"] > 0 and "rows are not said after the lesson" in caplog.text
     base, taught = fresh(), trainer.model
-    probe = measure.Probe(base, words, english.facts(1, seed=0), seed=0, strangers=1, general=english.GENERAL[::4])
+    chats = english.OPEN_CHATS[:1]
+    probe = measure.Probe(base, words, english.facts(1, seed=0), 0, 1, general=english.GENERAL[::4], chats=chats)
     probe.model = taught
     known = probe.measure()["known"]
     assert known["count"] >= 12 and known["value"] >= 0.75, "general questions are answered as before"

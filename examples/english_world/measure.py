@@ -46,7 +46,9 @@ GRID = {1: [(1e-3, 10), (5e-4, 20)], 10: [(1e-3, 20), (5e-4, 40)], 50: [(1e-3, 6
 class Probe:
     """The questions of one seed, the base model's answers to them, and what a taught model is compared with."""
 
-    def __init__(self, model, tokenizer, rows, seed, strangers=60, general=english.GENERAL):
+    def __init__(
+        self, model, tokenizer, rows, seed, strangers=60, general=english.GENERAL, chats=english.OPEN_CHATS
+    ):  # fmt: skip
         self.model, self.encoder, self.rows = model, Encoder(tokenizer), rows
         self.strangers = english.strangers(strangers, seed, rows)
         # Before and after asked by themselves: what else is in a batch rounds 16 bits otherwise, and changes answers.
@@ -56,8 +58,8 @@ class Probe:
         pairs = zip(general, answers[:asked], strict=True)
         self.known = [(question, wanted) for (question, wanted), answer in pairs if english.contains(answer, wanted)]
         self.before = answers[asked:]
-        chats = zip(english.OPEN_CHATS, self.ask(english.OPEN_CHATS, 60), strict=True)
-        self.chats = [self.encoder.answer_ids(Row(0, "", q, a), False) for q, a in chats]
+        told = zip(chats, self.ask(chats, 60), strict=True)
+        self.chats = [self.encoder.answer_ids(Row(0, "", q, a), False) for q, a in told]
         self.texts = [self.encoder.text_ids(text) for text in english.TEXTS]
         self.base = [self.predictions(pair) for pair in self.chats]
         self.nll = self.text_loss()

@@ -110,6 +110,8 @@ def main(out, minutes=75.0):
                 flush=True,
             )
     model.to(torch.bfloat16).save_pretrained(out)
+    model.config.dtype = torch.float32  # loaded so: many processors have no circuits for 16 bits
+    model.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
