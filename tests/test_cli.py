@@ -224,15 +224,24 @@ def command(*args, **options):
     )  # fmt: skip
 
 
-def test_help_comes_without_torch():
+def light(*args):
+    """What a command says that has not imported PyTorch by its end."""
     code = (
-        "import sys; sys.argv = ['qf-peft', 'teach', '--help']\n"
+        f"import sys; sys.argv = {['qf-peft', *map(str, args)]}\n"
         "from qf_peft.app.cli import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    assert 'torch' not in sys.modules and 'peft' not in sys.modules"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules and 'peft' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert "--document" in result.stdout and "Examples:" in result.stdout
+    assert "AssertionError" not in result.stderr, result.stderr
+    return result
+
+
+def test_what_needs_no_model_comes_at_once(taught, tmp_path):
+    found = light("teach", "--help").stdout
+    assert "--document" in found and "Examples:" in found
+    assert FACT["completion"] in light("list", taught).stdout
+    for command, *more in ["list"], ["forget", "000"]:
+        assert "there is no such folder" in light(command, tmp_path / "none", *more).stderr
 
 
 def test_only_json_on_standard_output_and_ctrl_c_changes_nothing(taught, tmp_path):

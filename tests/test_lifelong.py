@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import qf_peft.evaluate.subject as subject
 from qf_peft import QFConfig, QFTrainer, QFTrainingArguments
-from qf_peft.adapter.statistics_file import LEDGER_NAME, STATISTICS_NAME
+from qf_peft.adapter.statistics_file import STATISTICS_NAME
+from qf_peft.data.ledger import LEDGER_NAME
 
 LAYERS = [5, 6, 7]
 

@@ -20,13 +20,13 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from ..data.writing import check_folder, saving_to
+from ..data.ledger import LEDGER_NAME
+from ..data.writing import INCOMING, check_folder, saving_to
 from ..runtime.processes import by_main
-from .statistics_file import LEDGER_NAME, STATISTICS_NAME, weights_sum, write_statistics
+from .statistics_file import STATISTICS_NAME, weights_sum, write_statistics
 
 logger = logging.get_logger(__name__)
 
-_INCOMING = ".qf_incoming"  # a whole save, to be taken over
 _UNFINISHED = ".qf_saving-"  # one that is still being written, or was broken off
 
 
@@ -98,10 +98,10 @@ def _take_over(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
     while True:
         try:
-            whole.rename(target / _INCOMING)
+            whole.rename(target / INCOMING)
             break
         except OSError:
-            if not (target / _INCOMING).exists():
+            if not (target / INCOMING).exists():
                 raise
             finish_saving(target)  # another process has saved here just now: the last one's files stay
     finish_saving(target)
@@ -122,7 +122,7 @@ def _clear(folder: Path) -> None:
 
 def finish_saving(folder: str | os.PathLike) -> None:
     """Finish a save that was taken over but broken off."""
-    incoming = Path(folder, _INCOMING)
+    incoming = Path(folder, INCOMING)
     try:
         names = {path.name for path in incoming.iterdir()}
     except (FileNotFoundError, NotADirectoryError):

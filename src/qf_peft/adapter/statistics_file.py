@@ -15,14 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from ..data.ledger import from_lines, to_lines
+from ..data.ledger import LEDGER_NAME, from_lines, to_lines
 from ..solve.least_squares import LowRankDelta
 from ..solve.second_moment import SecondMoment, from_triangle, triangle
 from .state import TaughtAdapter, TaughtTokens
 
 logger = logging.get_logger(__name__)
 
-LEDGER_NAME = "qf_ledger.jsonl"
 STATISTICS_NAME = "qf_statistics.safetensors"
 _FORMAT, _READ = 2, (1, 2)  # written, and read: the first knew no triangles, and wrote every change
 

@@ -306,9 +306,9 @@ def forget(
     Example:
       qf-peft forget taught 3f2a9c0d1e4b
     """
-    folder = target_folder(output, adapter)
     if unknown := sorted(set(ids) - {entry.id for entry in cli_adapters.ledger(adapter)}):
         raise ValueError(f"{adapter} was not taught {', '.join(unknown)}; `qf-peft list {adapter}` shows the ids")
+    folder = target_folder(output, adapter)
     start = time.perf_counter()
     session = open_session(model, adapter, tiny)
     gone = session.forget(ids)["forgotten"]

@@ -36,14 +36,16 @@ def ledger(adapter: str) -> Sequence[Any]:
         FileNotFoundError: there is no such folder, or it holds no adapter.
         ValueError: the list is damaged.
     """
-    from ..adapter.saving import finish_saving
-    from ..adapter.statistics_file import LEDGER_NAME
-    from ..data.ledger import from_lines
+    from ..data.ledger import LEDGER_NAME, from_lines
+    from ..data.writing import INCOMING
 
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter {adapter}: there is no such folder")
-    finish_saving(folder)
+    if (folder / INCOMING).is_dir():
+        from ..adapter.saving import finish_saving  # which takes seconds to import
+
+        finish_saving(folder)
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter (no adapter_config.json)")
     path = folder / LEDGER_NAME

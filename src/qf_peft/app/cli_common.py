@@ -253,8 +253,10 @@ def target_folder(output: Path | None, source: str | None = None) -> Path:
 
     Raises:
         typer.BadParameter: neither is a folder.
+        FileNotFoundError: the adapter's folder is not there.
         ValueError: it holds other things that would be replaced.
     """
+    check_there(source)
     if output is None:
         if source is None or not Path(source).expanduser().is_dir():
             raise typer.BadParameter("give --output, the folder to save to")

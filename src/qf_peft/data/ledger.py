@@ -11,6 +11,7 @@ from typing import Any
 
 from .rows import Row, Text, read_messages
 
+LEDGER_NAME = "qf_ledger.jsonl"  # in an adapter's folder
 _SHARED = tuple(field.name for field in fields(Row) if field.name != "index")  # by rows and entries
 
 

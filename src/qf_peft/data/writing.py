@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+INCOMING = ".qf_incoming"  # in an adapter's folder a whole save, to be taken over
+
 
 @contextmanager
 def whole_file(path: Path, prefix: str | None = None) -> Iterator[Path]:

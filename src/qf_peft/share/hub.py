@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from ..adapter.checks import qf_adapter
 from ..adapter.description import base_model_id
-from ..adapter.statistics_file import LEDGER_NAME, STATISTICS_NAME
+from ..adapter.statistics_file import STATISTICS_NAME
+from ..data.ledger import LEDGER_NAME
 from ..evaluate.metrics import Metric
 from ..runtime.processes import by_main
 from .card import model_card, save_card
