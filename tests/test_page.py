@@ -119,6 +119,7 @@ def test_teach_compare_forget_undo(page, served):
     page.fill("#instruction textarea", FACT["instruction"])
     press(page, "Teach")
     status(page, f"Taught: {QUESTION} → {ANSWER}")
+    expect(page.locator("#instruction textarea")).to_have_value("")  # for the next fact
     seen(page, "#facts", f"{QUESTION} → {ANSWER} (from: {FACT['instruction']})")
     seen(page, "#recall", "1 of 1")
     seen(page, "#locality", " of 7 answers")
@@ -206,6 +207,7 @@ def test_errors_are_a_line(page):
     status(page, "instruction is empty")
     teach(page, FACT["instruction"], "word " * 1000, ANSWER)
     status(page, "shorten it")
+    assert page.input_value("#answer textarea") == ANSWER, "what was not taught stays to be mended"
     ask(page, "word " * 1000)
     status(page, "shorten it")
     ask(page, "Please say who started Brigar.")

@@ -121,7 +121,8 @@ def _connect(page: Page, blocks: gr.Blocks, on: SimpleNamespace) -> None:
         "fn": page.gauges, "inputs": [on.questions], "outputs": [on.gauges, on.facts], "concurrency_id": "gauges",
         "trigger_mode": "always_last", **hidden,
     }  # fmt: skip
-    on.teach.click(page.teach, [on.view, on.instruction, on.question, on.answer], changed, **hidden).then(**measuring)
+    given = [on.view, on.instruction, on.question, on.answer]
+    on.teach.click(page.teach, given, [*changed, on.instruction, on.answer], **hidden).then(**measuring)
     on.forget.click(page.forget, [on.view, on.facts], changed, **hidden).then(**measuring)
     on.undo.click(page.undo, [on.view], changed, **hidden).then(**measuring)
     on.again.click(**measuring)

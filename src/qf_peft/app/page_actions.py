@@ -158,15 +158,19 @@ class Page:
         return view, view.shown
 
     def teach(self, view: View, instruction: str, question: str, answer: str, request: gr.Request) -> tuple:
+        """What `change` gives, and the fields of what to know and the answer: empty for the next fact, once taught."""
+        fields: tuple = (gr.skip(), gr.skip())
+
         def act() -> str:
+            nonlocal fields
             self.session.teach(
                 instruction=instruction.strip() or answer.strip(), prompt=question.strip(),
                 completion=answer.strip() or None,
             )  # fmt: skip
-            fact = self.session.facts[-1]
+            fact, fields = self.session.facts[-1], ("", "")
             return f"Taught: {text_of(fact.prompt)} → {fact.completion}"
 
-        return self.change(view, act, _visitor(request))
+        return *self.change(view, act, _visitor(request)), *fields
 
     def forget(self, view: View, chosen: list[str], request: gr.Request) -> tuple:
         def act() -> str:
