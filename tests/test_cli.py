@@ -224,15 +224,15 @@ def command(*args, **options):
     )  # fmt: skip
 
 
-def light(*args):
+def light(*args, code: int = 0):
     """What a command says that has not imported PyTorch by its end."""
-    code = (
+    script = (
         f"import sys; sys.argv = {['qf-peft', *map(str, args)]}\n"
         "from qf_peft.app.cli import main\n"
         "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules and 'peft' not in sys.modules"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "AssertionError" not in result.stderr, result.stderr
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == code and "AssertionError" not in result.stderr, result.stderr
     return result
 
 
@@ -241,7 +241,7 @@ def test_what_needs_no_model_comes_at_once(taught, tmp_path):
     assert "--document" in found and "Examples:" in found
     assert FACT["completion"] in light("list", taught).stdout
     for command, *more in ["list"], ["forget", "000"]:
-        assert "there is no such folder" in light(command, tmp_path / "none", *more).stderr
+        assert "there is no such folder" in light(command, tmp_path / "none", *more, code=1).stderr
 
 
 def test_only_json_on_standard_output_and_ctrl_c_changes_nothing(taught, tmp_path):

@@ -71,7 +71,7 @@ def test_ten_facts(fresh, words, cache, tmp_path):
     probe = measure.Probe(
         base, words, rows, seed=1, strangers=15, general=english.GENERAL[::3], chats=english.OPEN_CHATS[:8]
     )
-    assert len(probe.known) >= 16, "the model can answer general questions"
+    assert len(probe.known) >= 20, "the model can answer general questions"
     trainer = made(base, words, cache, rows, FEW)
     metrics = trainer.train()
     probe.model = trainer.model
